@@ -1,0 +1,171 @@
+"""The commands: parse, delegate, turn outcomes into exit codes. torch is imported only where it is needed.
+
+Exit codes: 0 done, 2 bad input or configuration, 75 stopped by a signal with everything saved, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tlearn import __version__
+from tlearn.errors import StoppedBySignalError, TlearnError
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+app = typer.Typer(
+    name="tlearn",
+    help="A folder of labelled images in; a trained, honestly evaluated image classifier out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class ResumeMode(StrEnum):
+    """What to do with a run folder that has checkpoints."""
+
+    auto = "auto"
+    never = "never"
+    must = "must"
+
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tlearn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def prepare(
+    src: Annotated[Path, typer.Argument(help="SRC/<class>/images, or SRC/{train,val,test}/<class>/images.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the shards, index.json and audit.json.")],
+    val: Annotated[float, typer.Option(help="Share of every class that is kept for validation.")] = 0.2,
+    test: Annotated[float, typer.Option(help="Share of every class that is kept for the final test.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+    max_side: Annotated[int | None, typer.Option(help="Scale larger images down to this side, px.")] = None,
+    shard_mib: Annotated[int, typer.Option(help="Size of a shard, MiB.")] = 128,
+) -> None:
+    """Verify, deduplicate and split a folder of images; write WebDataset shards."""
+    from tlearn.data.scan import Options
+    from tlearn.data.scan import prepare as run
+
+    run(src, out, Options(val=val, test=test, seed=seed, max_side=max_side, shard_mib=shard_mib))
+
+
+@app.command()
+def train(
+    config: Annotated[
+        list[str] | None, typer.Argument(help="[CONFIG.yaml] [a.b=c ...]", show_default=False)
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A short run on small images; see quick.* options.")
+    ] = False,
+    run: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<time>-<strategy>.")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    resume: Annotated[ResumeMode, typer.Option(help="Go on with the run in the folder?")] = ResumeMode.auto,
+) -> None:
+    """Train and evaluate a classifier. Without CONFIG, --run RUN goes on with the run in RUN."""
+    from tlearn.configfile import load_config
+
+    if nproc > 1:
+        raise TlearnError(f"--nproc {nproc}: several processes are not supported yet; leave --nproc out")
+    file, overrides = _split_arguments(config or [])
+    if file is None and run is not None and (run / "config.yaml").is_file():
+        file = run / "config.yaml"
+    parsed = load_config(file, overrides, quick=quick)
+    from tlearn.train import train as start
+
+    start(parsed, run, resume=resume.value)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    data: Annotated[Path | None, typer.Option(help="Prepared data or class folders. Default: the run's.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Score the best model of a run on val and test images."""
+    from tlearn.configfile import load_config
+    from tlearn.folder import RunFolder
+    from tlearn.predict import load
+    from tlearn.tables import show_scores
+
+    classifier = load(run)
+    path = data or Path(load_config(RunFolder(run).config).data.path)
+    scores = classifier.evaluate(path) | {"image_size_px": classifier.preprocessing.size_px}
+    if as_json:
+        _print_json(scores)
+    else:
+        show_scores(scores)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    paths: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    topk: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 5,
+    as_json: JsonFlag = False,
+) -> None:
+    """Print the most likely classes of images."""
+    from tlearn.predict import load
+
+    files = [file for path in paths for file in (sorted(path.rglob("*.*")) if path.is_dir() else [path])]
+    predictions = load(run).predict(files, topk)
+    if as_json:
+        _print_json(
+            [
+                {
+                    "file": p.file,
+                    "top": [{"class": name, "probability": value} for name, value in p.classes],
+                    "error": p.error,
+                }
+                for p in predictions
+            ]
+        )
+        return
+    for p in predictions:
+        best = "  ".join(f"{name} {value:.1%}" for name, value in p.classes)
+        typer.echo(
+            f"{p.file}: {best}" if p.error is None else f"{p.file}: ERROR {p.error}", err=p.error is not None
+        )
+
+
+def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """[CONFIG.yaml] [a.b=c ...] in any order."""
+    files = [a for a in arguments if "=" not in a or Path(a).is_file()]
+    if len(files) > 1:
+        raise TlearnError(f"one config file at most, got {', '.join(files)}; options are written a.b=c")
+    return Path(files[0]) if files else None, [a for a in arguments if a not in files]
+
+
+def _print_json(document: Any) -> None:
+    typer.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
+
+
+def main() -> None:
+    """Run a command; errors that people can mend become one message and exit code 2."""
+    try:
+        app()
+    except TlearnError as error:
+        print(f"tlearn: {error}", file=sys.stderr)
+        sys.exit(2)
+    except StoppedBySignalError:
+        sys.exit(STOPPED)

@@ -1,0 +1,301 @@
+"""Every option of a run: typed, documented, validated. Read from YAML by configfile.py.
+
+This module imports neither torch nor the rest of tlearn, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+StrategyName = Literal["feature_extraction", "partial", "full", "staged", "progressive", "scratch"]
+Rule = tuple[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+
+
+class Section(BaseModel):
+    """A group of options; unknown keys are errors, values do not change once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Augment(Section):
+    """Random changes to training images; drawn per sample from (seed, epoch, sample)."""
+
+    scale: tuple[float, float] = (0.35, 1.0)
+    """Share of the image's area that a random crop covers, (smallest, largest)."""
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Aspect ratio (width / height) of a random crop, (smallest, largest)."""
+    hflip: float = Field(0.5, ge=0, le=1)
+    """Probability of a left-right flip; 0 where left and right differ in meaning (digits, text, signs)."""
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("takes two numbers above 0, the smaller one first")
+        return value
+
+    @field_validator("scale")
+    @classmethod
+    def _share(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[1] > 1:
+            raise ValueError("a crop covers at most the whole image: largest share 1.0")
+        return value
+
+
+class Data(Section):
+    """Which images, at which size, and how they are fed."""
+
+    path: str
+    """A folder of class folders, or the output of `tlearn prepare`."""
+    image_size: int | None = Field(None, ge=16, le=2048)
+    """Side of the square the model sees, px. Default: the size its weights were trained for."""
+    fit: Literal["crop", "pad", "squash"] = "crop"
+    """How a rectangle becomes a square: centre crop, pad with the background, or change the aspect ratio."""
+    augment: Augment = Augment()
+    """Random changes to training images."""
+    max_train: int | None = Field(None, ge=1)
+    """Train on at most this many images, the classes as equal as they can be. Default: all."""
+    max_val: int | None = Field(None, ge=1)
+    """Validate on at most this many images, the classes as equal as they can be. Default: all."""
+    workers: int = Field(2, ge=0, le=256)
+    """Loader processes per training process; 0 decodes in the training process. Does not change the batches."""
+
+
+class Model(Section):
+    """The backbone and the weights it starts from."""
+
+    backbone: str = "timm:resnet18"
+    """`timm:NAME` or `torchvision:NAME`; a bare name is looked up in timm, then in torchvision."""
+    weights: str = "default"
+    """`default` or a tag (from the library's hub), a file (.safetensors, .pth), `package:NAME`, or `random`."""
+    batch_norm: Literal["auto", "frozen", "train"] = "auto"
+    """Running statistics of trainable BatchNorm layers; auto: frozen with pretrained weights, else train."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the head (backbones that offer it)."""
+
+
+class Adam(Section):
+    """Adam with L2 regularisation (Kingma & Ba 2015)."""
+
+    name: Literal["adam"] = "adam"
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate of parameters with multiplier 1."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Not applied to biases and norm layers."""
+
+
+class AdamW(Section):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate of parameters with multiplier 1."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Not applied to biases and norm layers."""
+
+
+class SGD(Section):
+    """Stochastic gradient descent with momentum."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: float = Field(1e-2, gt=0)
+    """Peak learning rate of parameters with multiplier 1."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """0 is plain SGD."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Not applied to biases and norm layers."""
+
+
+Optimizer = Annotated[Adam | AdamW | SGD, Field(discriminator="name")]
+
+
+class _Warmup(Section):
+    warmup_epochs: float = Field(0.0, ge=0)
+    """Linear rise of the rate from 0 over this many epochs at the start of the stage."""
+
+
+class Constant(_Warmup):
+    """The rate stays."""
+
+    name: Literal["constant"] = "constant"
+
+
+class Step(_Warmup):
+    """The rate is multiplied by `gamma` every `step_epochs`."""
+
+    name: Literal["step"] = "step"
+    step_epochs: float = Field(1.0, gt=0)
+    """Epochs between two drops."""
+    gamma: float = Field(0.1, gt=0, le=1)
+    """Factor of each drop."""
+
+
+class Cosine(_Warmup):
+    """Half a cosine from the peak rate to `min_lr_ratio` of it over the stage."""
+
+    name: Literal["cosine"] = "cosine"
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """Final rate as a share of the peak rate."""
+
+
+class CosineWarmRestarts(_Warmup):
+    """SGDR (Loshchilov & Hutter 2017): cosine cycles, each `t_mult` times as long as the one before."""
+
+    name: Literal["cosine_warm_restarts"] = "cosine_warm_restarts"
+    t_0: float = Field(1.0, gt=0)
+    """Length of the first cycle, epochs."""
+    t_mult: int = Field(2, ge=1)
+    """Growth of the cycle length from one restart to the next."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """Rate at the end of a cycle as a share of the peak rate."""
+
+
+Schedule = Annotated[Constant | Step | Cosine | CosineWarmRestarts, Field(discriminator="name")]
+
+
+class Stage(Section):
+    """What trains, how, for how long: a strategy is a list of these."""
+
+    name: str = Field(min_length=1)
+    """Shown in tables and logs."""
+    epochs: int = Field(ge=1)
+    """Passes over the training set."""
+    train: list[Rule] = Field(min_length=1)
+    """(pattern, learning-rate multiplier): the first match wins, 0 freezes, every parameter must match one.
+    A pattern is `head`, `last:N` (the last N blocks of the backbone) or a regular expression for the start
+    of a parameter's name."""
+    optimizer: Optimizer | None = None
+    """Default: the run's `optimizer`."""
+    schedule: Schedule | None = None
+    """Default: the run's `schedule`."""
+    image_size: int | None = Field(None, ge=16, le=2048)
+    """Training size of this stage, px. Default: `data.image_size`, at which every stage is evaluated."""
+
+
+class Objective(Section):
+    """What is minimised."""
+
+    name: Literal["supervised"] = "supervised"
+    """supervised: cross-entropy on the labels."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target spread evenly over the classes."""
+    class_weight: Literal["none", "inverse"] = "none"
+    """inverse: each class weighs the same in all, however many images it has."""
+
+
+class Batch(Section):
+    """How many images make one optimizer step."""
+
+    size: int = Field(32, ge=1)
+    """Images per optimizer step over all processes: the only batch knob."""
+    micro: int | None = Field(None, ge=1)
+    """At most this many images per process at once; the rest of the batch is accumulated. Default: no limit."""
+
+
+class SaveEvery(Section):
+    """When checkpoints are written; one is always written at the end of a stage and on a signal."""
+
+    epochs: int = Field(1, ge=1)
+    """Every so many epochs."""
+    steps: int | None = Field(None, ge=1)
+    """Every so many optimizer steps as well."""
+
+
+class Wandb(Section):
+    """Weights & Biases."""
+
+    mode: Literal["online", "offline", "disabled"] = "online"
+    """online: where an API key is set up, otherwise the run is recorded offline."""
+    project: str = "tlearn"
+    """The W&B project."""
+
+
+class Tracking(Section):
+    """Where metrics go besides metrics.jsonl."""
+
+    wandb: Wandb = Wandb()
+    """Weights & Biases."""
+
+
+class Quick(Section):
+    """What `--quick` changes; without `--quick` these have no effect."""
+
+    image_size: int = Field(128, ge=16, le=2048)
+    """Largest image size of a quick run, px."""
+    samples: int = Field(1000, ge=1)
+    """Largest number of train images, and of val images; classes as equal as they can be."""
+    epochs: int = Field(6, ge=1)
+    """Epochs of all stages together; every stage keeps at least one."""
+
+
+class RunOptions(Section):
+    """How the run itself behaves."""
+
+    audit: bool = False
+    """Write the hash of every global batch's sample keys to metrics.jsonl."""
+
+
+class Config(Section):
+    """One training run."""
+
+    data: Data
+    """Which images, at which size, and how they are fed."""
+    model: Model = Model()
+    """The backbone and the weights it starts from."""
+    strategy: StrategyName = "staged"
+    """A named list of stages (tlearn/stages.py); only a label where `stages` are listed."""
+    stages: list[Stage] | None = Field(None, min_length=1)
+    """The stages themselves, in place of a named strategy's."""
+    epochs: int = Field(12, ge=1)
+    """Epochs of a named strategy, all stages together."""
+    optimizer: Optimizer = AdamW()
+    """For stages that name no other."""
+    schedule: Schedule = Cosine()
+    """For stages that name no other."""
+    objective: Objective = Objective()
+    """What is minimised."""
+    batch: Batch = Batch()
+    """How many images make one optimizer step."""
+    clip_norm: float | None = Field(1.0, gt=0)
+    """Largest L2 norm of the gradient; null: no clipping."""
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
+    """auto: bf16 on accelerators that support it, else fp32."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Of everything random: order, augmentation, initial weights, dropout."""
+    save_every: SaveEvery = SaveEvery()
+    """When checkpoints are written."""
+    tracking: Tracking = Tracking()
+    """Where metrics go besides metrics.jsonl."""
+    quick: Quick = Quick()
+    """What `--quick` changes."""
+    run: RunOptions = RunOptions()
+    """How the run itself behaves."""
+
+    @field_validator("optimizer", "schedule", mode="before")
+    @classmethod
+    def _default_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        # `optimizer.lr=1e-4` alone means the default optimizer at another rate
+        if isinstance(value, dict) and "name" not in value:
+            return {**value, "name": cls.model_fields[str(info.field_name)].default.name}
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scratch_means_random(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("strategy") == "scratch" and isinstance(raw.get("model", {}), dict):
+            raw = {**raw, "model": {"weights": "random", **raw.get("model", {})}}
+        return raw
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.strategy == "scratch" and self.model.weights != "random":
+            raise ValueError(
+                f"strategy scratch trains random weights, but model.weights is {self.model.weights!r}: "
+                "set model.weights=random, or strategy=full to fine-tune them"
+            )
+        names = [stage.name for stage in self.stages or []]
+        if len(set(names)) < len(names):
+            raise ValueError(f"stages: every stage needs a name of its own, got {names}")
+        return self

@@ -1,0 +1,257 @@
+"""Reading and writing a Config: YAML files, `a.b=c` overrides, `--quick`, and errors that say what to do.
+
+Order of precedence, weakest first: the defaults, the YAML file, `--quick`, `a.b=c` on the command line.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from tlearn.config import Config, CosineWarmRestarts, Section
+from tlearn.errors import TlearnError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's reading of scalars (`1e-4` is a number, `off` is a word), and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key!r} is no option name")
+            if key in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key!r} is given twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"^(?:~|null|)$", ["~", "n", ""]),
+    ("bool", r"^(?:true|false)$", list("tf")),
+    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", list("-+0123456789")),
+    ("float", r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$", list("-+.0123456789")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *, quick: bool = False) -> Config:
+    """Read a YAML file, apply `--quick` and the overrides, check everything.
+
+    Args:
+        path: the YAML file; None: the defaults.
+        overrides: `a.b=c` strings, values in YAML; `stages.0.epochs=3` reaches into lists.
+        quick: a short run on small images (`quick.*`).
+
+    Raises:
+        TlearnError: one message with every problem: where, value, what is allowed, the nearest key.
+    """
+    raw = _read_yaml(Path(path)) if path is not None else {}
+    given = dict(_parse_override(text) for text in overrides)
+    # A strategy named on the command line replaces the stages of a file (of a finished run, say).
+    if "strategy" in given and not any(key.split(".")[0] == "stages" for key in given):
+        raw.pop("stages", None)
+    for key, value in given.items():
+        _put(raw, key, value)
+    source = f"{path}" if path is not None else "the command line"
+    config = _validate(raw, source, given)
+    if not quick:
+        return config
+    raw = config.model_dump(mode="json", exclude_unset=True)
+    for key, value in _quick_changes(config, given):
+        _put(raw, key, value)
+    return _validate(raw, f"{source} with --quick", given)
+
+
+def dump_config(config: Config) -> str:
+    """YAML that `load_config` reads back to an equal Config."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def differing_keys(old: Config, new: Config) -> list[str]:
+    """Dotted paths at which two configs differ, as `a.b: old -> new`."""
+    before, after = (dict(_leaves(config.model_dump(mode="json"))) for config in (old, new))
+    return [
+        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
+    ]
+
+
+_ABSENT = object()
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, (dict, list)) and node:
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _leaves(value, f"{prefix}{key}.")
+    else:
+        yield prefix[:-1], node
+
+
+def _quick_changes(config: Config, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What `--quick` sets: same stages, smaller images, fewer of them, fewer epochs; never what was `given`."""
+    quick = config.quick
+
+    def unless_given(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+        # `stages=[...]` covers `stages.0.epochs`, `stages.0.epochs=2` only itself
+        if not any(key == other or key.startswith(f"{other}.") for other in given):
+            yield key, value
+
+    yield from unless_given("data.image_size", min(config.data.image_size or quick.image_size, quick.image_size))
+    for key in ("max_train", "max_val"):
+        yield from unless_given(f"data.{key}", min(getattr(config.data, key) or quick.samples, quick.samples))
+    if config.stages is None:
+        yield from unless_given("epochs", min(config.epochs, quick.epochs))
+        return
+    shrink = min(1.0, quick.epochs / sum(stage.epochs for stage in config.stages))
+    for i, stage in enumerate(config.stages):
+        yield from unless_given(f"stages.{i}.epochs", max(1, round(stage.epochs * shrink)))
+        if stage.image_size is not None:
+            yield from unless_given(f"stages.{i}.image_size", min(stage.image_size, quick.image_size))
+        if isinstance(stage.schedule, CosineWarmRestarts):
+            yield from unless_given(f"stages.{i}.schedule.t_0", stage.schedule.t_0 * shrink)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise TlearnError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TlearnError(f"{path}: not a valid YAML file: {error}") from None
+    if not isinstance(raw, dict | None):
+        raise TlearnError(f"{path}: holds a {type(raw).__name__}, not options (`data:`, `model:`, ...)")
+    return raw or {}
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise TlearnError(f"{text!r} is neither a config file that exists nor an option a.b=c")
+    try:
+        return key, yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise TlearnError(f"{key}: the value {value!r} is not valid YAML: {error}") from None
+
+
+def _put(raw: dict[str, Any], key: str, value: Any) -> None:
+    """raw["a"]["b"] = value for key "a.b"; numbers index lists."""
+    node: Any = raw
+    parts = key.split(".")
+    for part in parts[:-1]:
+        if isinstance(node, list):
+            node = node[_position(node, part, key)]
+        else:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        if not isinstance(node, dict | list):
+            raise TlearnError(f"{key}: {part!r} holds {node!r}, no options")
+    if isinstance(node, list):
+        node[_position(node, parts[-1], key)] = value
+    else:
+        node[parts[-1]] = value
+
+
+def _position(items: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise TlearnError(f"{key}: {part!r} is no position in a list of {len(items)} (0 is the first)")
+    return int(part)
+
+
+def _validate(raw: dict[str, Any], source: str, given: Iterable[str]) -> Config:
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(problem, raw, source, set(given)) for problem in error.errors()]
+        count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+        raise TlearnError("\n  ".join([f"{count} in the configuration:", *lines])) from None
+
+
+def _explain(problem: Any, raw: dict[str, Any], source: str, given: set[str]) -> str:
+    """One line: file, key, value, what is allowed, nearest key."""
+    keys, node = [], raw
+    for part in problem["loc"]:
+        # pydantic puts the tag of a union ("sgd") into the path: no key of ours
+        inside = part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int)
+        if inside:
+            keys.append(str(part))
+            node = node[part]
+        elif part == problem["loc"][-1] and problem["type"] == "missing":
+            keys.append(str(part))
+    key = ".".join(keys)
+    origin = "the command line" if any(key == other or key.startswith(f"{other}.") for other in given) else source
+    where = f"{origin}: {key}" if key else origin
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: no such option{_nearest(problem['loc'], keys)}"
+    if problem["type"] == "missing":
+        hint = " (data.path=FOLDER names the images)" if key == "data" else ""
+        return f"{where}: is required{hint}"
+    if problem["type"] == "union_tag_not_found":
+        names = [choice.model_fields["name"].default for choice in _sections_in_field(problem["loc"])]
+        return f"{where}: needs a `name`, one of {', '.join(names)}"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    value = "" if not key or isinstance(problem["input"], dict) else f" = {problem['input']!r}"
+    nearest = ""
+    if problem["type"] in ("literal_error", "union_tag_invalid"):
+        expected = re.findall(r"'([^']+)'", str(problem["ctx"].get("expected") or problem["ctx"]["expected_tags"]))
+        given_value = problem["ctx"].get("tag", problem["input"])
+        close = difflib.get_close_matches(str(given_value), expected, n=1)
+        nearest = f"; did you mean {close[0]}?" if close else ""
+        if problem["type"] == "union_tag_invalid":
+            message, value = f"should be one of {', '.join(expected)}", f".name = {given_value!r}"
+    return f"{where}{value}: {message}{nearest}"
+
+
+def _nearest(loc: Sequence[str | int], keys: Sequence[str]) -> str:
+    """A hint for an unknown key: the closest sibling, else an option of that name elsewhere."""
+    siblings = sorted(_section_at(loc[:-1]).model_fields)
+    if close := difflib.get_close_matches(keys[-1], siblings, n=1):
+        return f"; did you mean {'.'.join([*keys[:-1], close[0]])}?"
+    here = [key for key in keys if not key.isdigit()]
+    elsewhere = sorted({".".join(key) for key in _known_keys(Config) if key[-1] == keys[-1] and [*key] != here})
+    return (
+        f"; did you mean {' or '.join(elsewhere[:3])}?" if elsewhere else f"; options here: {', '.join(siblings)}"
+    )
+
+
+def _section_at(loc: Sequence[str | int]) -> type[Section]:
+    """The options at a pydantic location, in which a union is followed by its tag ("sgd")."""
+    section: type[Section] = Config
+    for part in loc:
+        if part in section.model_fields:
+            choices = list(_sections_in(section.model_fields[str(part)].annotation))
+            section = choices[0]
+        elif isinstance(part, str):
+            section = next(choice for choice in choices if choice.model_fields["name"].default == part)
+    return section
+
+
+def _sections_in_field(loc: Sequence[str | int]) -> list[type[Section]]:
+    return list(_sections_in(_section_at(loc[:-1]).model_fields[str(loc[-1])].annotation))
+
+
+def _known_keys(section: type[Section], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, field in section.model_fields.items():
+        yield (*prefix, name)
+        for inner in _sections_in(field.annotation):
+            yield from _known_keys(inner, (*prefix, name))
+
+
+def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _sections_in(argument)

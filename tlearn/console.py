@@ -1,0 +1,54 @@
+"""What people see: everything goes to stderr (stdout belongs to results) and, once a run has started, to its log.
+
+Ranks above 0 are silent.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_console = Console(stderr=True, highlight=False)
+_log: Path | None = None
+
+
+def configure(*, quiet: bool = False, log: Path | None = None) -> None:
+    """Silence this process (ranks above 0), and append what is shown to a log file."""
+    global _log
+    _console.quiet = quiet
+    _log = None if quiet else log
+
+
+def show(message: RenderableType) -> None:
+    """Print a line of text (no markup) or a table."""
+    _console.print(message, markup=False)
+    if _log is not None:
+        plain = Console(file=io.StringIO(), width=120, highlight=False)
+        plain.print(message, markup=False)
+        with _log.open("a", encoding="utf-8") as file:
+            file.write(plain.file.getvalue())  # type: ignore[attr-defined]
+
+
+@contextmanager
+def progress_bar(what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """A progress bar on a terminal, nothing elsewhere; yields `advance(steps=1, note="")`."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    bar = Progress(*columns, console=_console, transient=True, disable=not _console.is_terminal)
+    with bar:
+        task = bar.add_task(what, total=total, completed=done, note="")
+
+        def advance(steps: int = 1, note: str = "") -> None:
+            bar.update(task, advance=steps, note=note)
+
+        yield advance

@@ -1,0 +1,243 @@
+"""Batches of this rank, by step number: decoded in worker processes, normalised on the device.
+
+A loader worker makes whole micro-batches, and which samples form one is arithmetic (order.py): the batches do not
+depend on the number of workers, and starting at step k reads nothing of the steps before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from tlearn.config import Augment
+from tlearn.data.decode import UnreadableImageError
+from tlearn.data.order import Array, SequentialOrder, ShuffledOrder, batch_range, mix, part_of, steps_per_epoch
+from tlearn.data.shards import Split
+from tlearn.data.transforms import EvalTransform, Pixels, Preprocessing, TrainTransform, normalise
+from tlearn.errors import TlearnError
+
+
+class Order(Protocol):
+    """Position in an epoch -> sample index."""
+
+    def __len__(self) -> int: ...
+    def __call__(self, epoch: int, start: int, stop: int) -> Array: ...
+
+
+class Transform(Protocol):
+    """Encoded bytes and a seed -> (3, S, S) uint8."""
+
+    def __call__(self, data: bytes, seed: int) -> Pixels: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a micro-batch of a global batch of B samples."""
+
+    images: torch.Tensor
+    """(b, 3, S, S), normalised, on the device."""
+    labels: torch.Tensor
+    """(b,) int64, on the device."""
+    keys: torch.Tensor
+    """(b,) int64: the samples' 64-bit keys, on the CPU."""
+    global_labels: torch.Tensor
+    """(B,) int64: labels of the whole global batch, which every rank knows without communication; on the CPU."""
+
+
+class Position(NamedTuple):
+    """Micro-batch `micro` of global batch `step` of epoch `epoch`."""
+
+    epoch: int
+    step: int
+    micro: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every global batch this process takes, and in how many pieces."""
+
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    accumulate: int = 1
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """The micro-batches of a range of steps, made one by one: a long stage has millions."""
+
+    first: int
+    last: int
+    first_epoch: int
+    steps_per_epoch: int
+    accumulate: int
+
+    def __len__(self) -> int:
+        return (self.last - self.first) * self.accumulate
+
+    def __iter__(self) -> Iterator[Position]:
+        for step in range(self.first, self.last):
+            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+            for micro in range(self.accumulate):
+                yield Position(self.first_epoch + epoch, step_in_epoch, micro)
+
+
+class MicroBatches(Dataset[Any]):
+    """Map-style data set from a Position to tensors; lives in the loader workers."""
+
+    def __init__(
+        self, split: Split, order: Order, transform: Transform, share: Share, seed: int, size_px: int
+    ) -> None:
+        self.split, self.order, self.transform, self.share = split, order, transform, share
+        self.seed, self.size_px = seed, size_px
+
+    def __getitem__(self, at: Position) -> tuple[torch.Tensor, ...]:
+        s = self.share
+        start, stop = batch_range(at.step, len(self.order), s.batch_size)
+        mine = part_of(*part_of(start, stop, s.rank, s.world_size), at.micro, s.accumulate)
+        everyones = self.order(at.epoch, start, stop)
+        samples = everyones[mine[0] - start : mine[1] - start]
+        rows = self.split.rows[samples]
+        images = np.empty((len(samples), 3, self.size_px, self.size_px), dtype=np.uint8)
+        for j, (i, key) in enumerate(zip(samples.tolist(), rows["key"].tolist(), strict=True)):
+            images[j] = self._image(i, mix(self.seed, at.epoch, key))
+        return (
+            torch.from_numpy(images),
+            torch.from_numpy(rows["label"].astype(np.int64)),
+            torch.from_numpy(rows["key"].astype(np.uint64).view(np.int64)),
+            torch.from_numpy(self.split.rows["label"][everyones].astype(np.int64)),
+        )
+
+    def _image(self, i: int, seed: int) -> Pixels:
+        try:
+            return self.transform(self.split.read(i), seed)
+        except UnreadableImageError as error:
+            key = f"{self.split.rows[i]['key']:016x}"
+            shard = self.split.root / self.split.shards[self.split.rows[i]["shard"]].name
+            raise TlearnError(f"{shard}: sample {key}: {error}; prepare the data again") from None
+
+
+class Loader:
+    """Iterates over steps of an epoch order.
+
+    Args:
+        split: where the samples lie.
+        order: position in an epoch -> sample index.
+        transform: bytes, seed -> (3, S, S) uint8.
+        preprocessing: normalisation.
+        share: this rank's part.
+        seed: of the augmentation.
+        device: where batches go.
+        dtype: of the images.
+        workers: processes; 0: decode here.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        order: Order,
+        transform: Transform,
+        preprocessing: Preprocessing,
+        share: Share,
+        *,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        workers: int,
+    ) -> None:
+        self.dataset = MicroBatches(split, order, transform, share, seed, preprocessing.size_px)
+        self.preprocessing, self.device, self.dtype, self.workers = preprocessing, device, dtype, workers
+        self.steps_per_epoch = steps_per_epoch(len(order), share.batch_size)
+        self.samples_per_epoch = len(order)
+
+    @contextmanager
+    def steps(self, first: int, last: int, first_epoch: int = 0) -> Iterator[Iterator[list[Batch]]]:
+        """The micro-batches of each step in [first, last), counted from the start of epoch `first_epoch`.
+
+        Leaving the context ends the workers, also those that are still decoding.
+        """
+        accumulate = self.dataset.share.accumulate
+        positions = _Positions(first, last, first_epoch, self.steps_per_epoch, accumulate)
+        workers = min(self.workers, len(positions))
+        loader = DataLoader(
+            self.dataset,
+            batch_size=None,
+            sampler=positions,
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_init_worker,
+            prefetch_factor=4 if workers else None,
+        )
+        batches = iter(loader)
+        try:
+            yield self._grouped(batches, accumulate)
+        finally:
+            if shutdown := getattr(batches, "_shutdown_workers", None):
+                shutdown()
+
+    def _grouped(self, batches: Iterator[Any], accumulate: int) -> Iterator[list[Batch]]:
+        while group := list(islice(batches, accumulate)):
+            yield [self._to_device(*tensors) for tensors in group]
+
+    def _to_device(
+        self, images: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor, global_labels: torch.Tensor
+    ) -> Batch:
+        images = images.to(self.device, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
+        return Batch(normalise(images, self.preprocessing, self.dtype), labels, keys, global_labels)
+
+
+def _init_worker(worker: int) -> None:
+    """Workers leave signals to the training process, die with it, and use one core each."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the training process's handler only sets a flag there
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    torch.set_num_threads(1)
+
+
+def train_loader(
+    split: Split,
+    preprocessing: Preprocessing,
+    augment: Augment,
+    share: Share,
+    *,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    workers: int,
+) -> Loader:
+    """Augmented images in a shuffled order, both functions of (seed, epoch)."""
+    transform = TrainTransform(preprocessing, augment.scale, augment.ratio, augment.hflip)
+    order = ShuffledOrder(split.shard_sizes(), seed)
+    return Loader(
+        split, order, transform, preprocessing, share, seed=seed, device=device, dtype=dtype, workers=workers
+    )
+
+
+def eval_loader(
+    split: Split,
+    preprocessing: Preprocessing,
+    share: Share,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    workers: int,
+) -> Loader:
+    """Every image once, as it is, in the order of the shards."""
+    transform, order = EvalTransform(preprocessing), SequentialOrder(len(split))
+    return Loader(
+        split, order, transform, preprocessing, share, seed=0, device=device, dtype=dtype, workers=workers
+    )

@@ -1,0 +1,143 @@
+"""Encoded bytes -> a square uint8 image, and uint8 batches -> normalised floats.
+
+The crop is chosen from the header, before any pixel is decoded, so that only what the crop needs is decoded.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+
+from tlearn.data.decode import BACKGROUND, load_rgb, open_image, upright_size
+
+Fit = Literal["crop", "pad", "squash"]
+Pixels = npt.NDArray[np.uint8]
+Box = tuple[float, float, float, float]
+
+_RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How the weights want their input; travels with every trained model."""
+
+    size_px: int
+    mean: tuple[float, float, float]
+    """Of RGB in 0..1."""
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+    """Share of the shorter side that evaluation keeps (fit crop only)."""
+    fit: Fit = "crop"
+
+
+class EvalTransform:
+    """Bytes -> (3, S, S) uint8, always the same: the centre (crop) or the whole image (pad, squash)."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.p = preprocessing
+
+    def __call__(self, data: bytes, seed: int = 0) -> Pixels:
+        """`seed` is not used: nothing is random here."""
+        image = open_image(data)
+        width, height = _canvas(upright_size(image), self.p.fit)
+        if self.p.fit == "crop":
+            side = min(width, height) * self.p.crop_pct
+            box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
+        else:
+            box = (0.0, 0.0, width, height)
+        return _crop_and_resize(image, box, self.p)
+
+
+class TrainTransform:
+    """Bytes, seed -> (3, S, S) uint8: a random resized crop (Szegedy et al. 2015) and a random flip."""
+
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        scale: tuple[float, float],
+        ratio: tuple[float, float],
+        hflip: float,
+    ) -> None:
+        self.p = preprocessing
+        self.scale, self.ratio, self.hflip = scale, ratio, hflip
+
+    def __call__(self, data: bytes, seed: int) -> Pixels:
+        """The same bytes and seed give the same pixels in any process."""
+        image = open_image(data)
+        size = upright_size(image)
+        draws = torch.rand(_TRIES * 2 + 3, generator=torch.Generator().manual_seed(seed)).tolist()
+        flip = draws.pop() < self.hflip
+        if self.p.fit == "squash":
+            # the whole image counts as a square, so crop in unit coordinates and stretch the box
+            x0, y0, x1, y1 = self._crop((1.0, 1.0), draws)
+            box = (x0 * size[0], y0 * size[1], x1 * size[0], y1 * size[1])
+        else:
+            box = self._crop(_canvas(size, self.p.fit), draws)
+        pixels = _crop_and_resize(image, box, self.p)
+        return np.ascontiguousarray(pixels[:, :, ::-1]) if flip else pixels
+
+    def _crop(self, canvas: tuple[float, float], draws: list[float]) -> Box:
+        width, height = canvas
+        y, x = draws.pop(), draws.pop()
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        while draws:
+            area = width * height * (self.scale[0] + (self.scale[1] - self.scale[0]) * draws.pop())
+            ratio = math.exp(low + (high - low) * draws.pop())
+            w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+            if w <= width and h <= height:
+                break
+        else:  # no try fitted: the largest crop with the closest allowed ratio
+            ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
+            w, h = min(width, height * ratio), min(height, width / ratio)
+        left, top = x * (width - w), y * (height - h)
+        return left, top, left + w, top + h
+
+
+_TRIES = 10
+
+
+def normalise(images: torch.Tensor, preprocessing: Preprocessing, dtype: torch.dtype) -> torch.Tensor:
+    """(B, 3, S, S) uint8 in 0..255 -> `dtype`, channels last, (x / 255 - mean) / std. On the images' device."""
+    mean, std = (
+        torch.tensor(values, dtype=dtype, device=images.device).view(1, 3, 1, 1) * 255
+        for values in (preprocessing.mean, preprocessing.std)
+    )
+    return images.to(dtype, memory_format=torch.channels_last).sub_(mean).div_(std)
+
+
+def _canvas(size: tuple[int, int], fit: Fit) -> tuple[float, float]:
+    """Width and height in which boxes are measured."""
+    width, height = size
+    return (max(size), max(size)) if fit == "pad" else (width, height)
+
+
+def _crop_and_resize(image: Image.Image, box: Box, p: Preprocessing) -> Pixels:
+    width, height = upright_size(image)
+    # how much larger than needed the crop is: JPEGs are decoded that much smaller (in powers of two)
+    excess = min(box[2] - box[0], box[3] - box[1]) / p.size_px
+    rgb = load_rgb(image, cover=(width / excess, height / excess) if excess > 1 else None)
+    if p.fit == "pad":
+        side = max(rgb.size)
+        rgb = ImageOps.pad(rgb, (side, side), color=BACKGROUND)
+        width = height = max(width, height)
+    sx, sy = rgb.width / width, rgb.height / height
+    scaled = (
+        max(0.0, box[0] * sx),
+        max(0.0, box[1] * sy),
+        min(float(rgb.width), box[2] * sx),
+        min(float(rgb.height), box[3] * sy),
+    )
+    square = rgb.resize((p.size_px, p.size_px), _RESAMPLING[p.interpolation], box=scaled)
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))

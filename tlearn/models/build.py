@@ -1,0 +1,90 @@
+"""A backbone with a new head, and what the rest needs to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tlearn.config import Config
+from tlearn.data.transforms import Preprocessing
+from tlearn.models.backbones import blocks_of, build_backbone, check_input, full_name, last_linear
+
+
+@dataclass
+class Model:
+    """A classifier: (B, 3, S, S) normalised images -> (B, classes) logits."""
+
+    net: nn.Module
+    backbone: str
+    """`timm:NAME` or `torchvision:NAME`."""
+    weights: str
+    """Where the weights came from; "random" if nowhere."""
+    head: str
+    """Name of the Linear that gives the logits."""
+    blocks: list[list[str]]
+    """Parameter names of the backbone, shallow to deep."""
+    preprocessing: Preprocessing
+    batch_norm_frozen: bool
+    """Whether running statistics stay as they are."""
+    _eval_modules: list[nn.Module] = field(default_factory=list)
+
+    def set_trainable(self, multipliers: Mapping[str, float]) -> None:
+        """Parameters with multiplier 0 are frozen, the others train."""
+        for name, parameter in self.net.named_parameters():
+            parameter.requires_grad_(multipliers[name] > 0)
+            parameter.grad = None
+        self._eval_modules = [
+            module
+            for module in self.net.modules()
+            if _is_frozen(module) or (self.batch_norm_frozen and isinstance(module, _BatchNorm))
+        ]
+
+    def train(self) -> None:
+        """Training mode, except for frozen parts: they stay in eval (BatchNorm statistics, dropout)."""
+        self.net.train()
+        for module in self._eval_modules:
+            module.eval()
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
+
+
+def build_model(config: Config, classes: int, dtype: torch.dtype) -> Model:
+    """The configured backbone with a head for `classes`, which starts at zero: the first loss is ln(classes).
+
+    Raises:
+        TlearnError: unknown names, weights that cannot be had or do not fit, a size that the model cannot take.
+    """
+    name = full_name(config.model.backbone)
+    torch.manual_seed(config.seed)
+    built = build_backbone(name, config.model.weights, config.data.image_size, config.model.dropout)
+    preprocessing = replace(
+        built.preprocessing,
+        size_px=config.data.image_size or built.preprocessing.size_px,
+        fit=config.data.fit,
+    )
+    head = replace_head(built.net, classes)
+    net = built.net.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for size_px in sorted({preprocessing.size_px, *(s.image_size for s in config.stages or [] if s.image_size)}):
+        check_input(net, name, size_px, classes)
+    choice = config.model.batch_norm
+    frozen = built.weights != "random" if choice == "auto" else choice == "frozen"
+    return Model(net, name, built.weights, head, blocks_of(net, head), preprocessing, frozen)
+
+
+def replace_head(net: nn.Module, classes: int) -> str:
+    """Put a zero Linear for `classes` in place of the last Linear; returns its name."""
+    head = last_linear(net)
+    old = net.get_submodule(head)
+    assert isinstance(old, nn.Linear)
+    new = nn.Linear(old.in_features, classes)
+    nn.init.zeros_(new.weight)
+    nn.init.zeros_(new.bias)
+    net.set_submodule(head, new)
+    return head

@@ -1,0 +1,120 @@
+"""Optimizers over the trainable parameters, their state by name, and learning rates as functions of time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from tlearn.config import SGD, Adam, AdamW, Constant, Cosine, CosineWarmRestarts, Step
+
+OptimizerConfig = Adam | AdamW | SGD
+ScheduleConfig = Constant | Step | Cosine | CosineWarmRestarts
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+
+
+def build_optimizer(
+    config: OptimizerConfig, net: nn.Module, multipliers: Mapping[str, float]
+) -> torch.optim.Optimizer:
+    """An optimizer over the parameters with a multiplier above 0, grouped by multiplier and weight decay.
+
+    Every group carries `multiplier`, and `names` in the order of its parameters. Fused: a step that `found_inf`
+    rejects costs no synchronisation.
+    """
+    groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in net.named_parameters():
+        if multipliers[name] > 0:
+            # biases and the scales of norm layers: shrinking them does not regularise (He et al. 2019, 3.1)
+            decays = parameter.ndim > 1 and config.weight_decay > 0
+            groups.setdefault((multipliers[name], decays), []).append((name, parameter))
+    options = config.model_dump(exclude={"name", "weight_decay"})
+    return OPTIMIZERS[config.name](
+        [
+            {
+                "params": [parameter for _, parameter in members],
+                "names": [name for name, _ in members],
+                "multiplier": multiplier,
+                "weight_decay": config.weight_decay if decays else 0.0,
+            }
+            for (multiplier, decays), members in groups.items()
+        ],
+        fused=True,
+        **options,
+    )
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float) -> dict[str, float]:
+    """Give every group `lr` times its multiplier; returns {multiplier: rate} for the log."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["multiplier"]
+    return {f"{group['multiplier']:g}": group["lr"] for group in optimizer.param_groups}
+
+
+def named_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Optimizer state as `parameter/state -> tensor`."""
+    return {
+        f"{name}/{key}": value
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        for key, value in optimizer.state[parameter].items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def load_named_state(optimizer: torch.optim.Optimizer, state: Mapping[str, torch.Tensor]) -> None:
+    """Put state back by name; parameters without saved state start afresh, saved state of others is left out."""
+    by_parameter: dict[str, dict[str, torch.Tensor]] = {}
+    for path, value in state.items():
+        name, _, key = path.rpartition("/")
+        by_parameter.setdefault(name, {})[key] = value
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            for key, value in by_parameter.get(name, {}).items():
+                # Adam's `step` is a float32 scalar whatever the parameter's dtype
+                dtype = value.dtype if key == "step" else parameter.dtype
+                optimizer.state[parameter][key] = value.clone().to(parameter.device, dtype)
+
+
+def lr_factor(schedule: ScheduleConfig, epoch: float, epochs: int) -> float:
+    """Learning rate as a share of the peak rate: a function of time alone, equal at every number of processes.
+
+    Args:
+        schedule: the stage's.
+        epoch: time since the stage began, in epochs: optimizer steps done / steps per epoch.
+        epochs: length of the stage.
+    """
+    warmup = schedule.warmup_epochs
+    if epoch < warmup:
+        return epoch / warmup
+    t, total = epoch - warmup, max(epochs - warmup, 1e-9)
+    match schedule:
+        case Constant():
+            return 1.0
+        case Step():
+            return math.pow(schedule.gamma, math.floor(t / schedule.step_epochs + 1e-9))
+        case Cosine():
+            return _cosine(min(t / total, 1.0), schedule.min_lr_ratio)
+        case CosineWarmRestarts():
+            return _cosine(_cycle_position(t, schedule.t_0, schedule.t_mult), schedule.min_lr_ratio)
+
+
+def _cosine(position: float, floor: float) -> float:
+    return floor + (1 - floor) * (1 + math.cos(math.pi * position)) / 2
+
+
+def _cycle_position(t: float, t_0: float, t_mult: int) -> float:
+    """Where in its cycle, 0 to 1, time t lies; equation 5 of SGDR (Loshchilov & Hutter 2017)."""
+    # a restart falls on a whole step, but k * (t_0 / k) may come out just below t_0
+    t += 1e-9
+    if t_mult == 1:
+        return t % t_0 / t_0
+    n = math.floor(math.log(t / t_0 * (t_mult - 1) + 1, t_mult) + 1e-12)
+    start = t_0 * (t_mult**n - 1) / (t_mult - 1)
+    return max(0.0, t - start) / (t_0 * t_mult**n)

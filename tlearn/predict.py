@@ -1,0 +1,134 @@
+"""A trained model from a run folder: predictions for images, scores for labelled data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tlearn import checkpoint
+from tlearn.configfile import load_config
+from tlearn.data.decode import UnreadableImageError
+from tlearn.data.loader import Share, eval_loader
+from tlearn.data.scan import Options, open_or_prepare, prepare_cached
+from tlearn.data.shards import INDEX, Index
+from tlearn.data.transforms import EvalTransform, Preprocessing, normalise
+from tlearn.errors import TlearnError
+from tlearn.evaluate import evaluate
+from tlearn.folder import RunFolder
+from tlearn.models.backbones import build_backbone
+from tlearn.models.build import replace_head
+from tlearn.runtime import Runtime, start
+
+BATCH_SIZE = 32
+
+
+class Prediction(NamedTuple):
+    """The most likely classes of one image, or why there are none."""
+
+    file: str
+    classes: list[tuple[str, float]]
+    """(class, probability), the most likely first."""
+    error: str | None = None
+
+
+class Classifier:
+    """A trained model with its preprocessing.
+
+    Attributes:
+        net: (B, 3, S, S) normalised images -> (B, classes) logits, in eval mode.
+        classes: names in label order.
+        preprocessing: what it was trained and evaluated with.
+    """
+
+    def __init__(
+        self, net: torch.nn.Module, classes: Sequence[str], preprocessing: Preprocessing, runtime: Runtime
+    ):
+        self.net, self.classes, self.preprocessing, self.runtime = net, tuple(classes), preprocessing, runtime
+
+    def predict(self, paths: Sequence[str | Path], topk: int = 5) -> list[Prediction]:
+        """The `topk` most likely classes of every file, in the files' order; unreadable files carry an error."""
+        found: dict[int, Prediction] = {}
+        transform = EvalTransform(self.preprocessing)
+        for start_at in range(0, len(paths), BATCH_SIZE):
+            images: dict[int, torch.Tensor] = {}
+            for i in range(start_at, min(start_at + BATCH_SIZE, len(paths))):
+                try:
+                    images[i] = torch.from_numpy(transform(Path(paths[i]).read_bytes()))
+                except UnreadableImageError as error:
+                    found[i] = Prediction(str(paths[i]), [], str(error))
+                except OSError as error:
+                    found[i] = Prediction(str(paths[i]), [], f"cannot be read: {error.strerror}")
+            if not images:
+                continue
+            probabilities = self._probabilities(torch.stack(list(images.values())))
+            values, labels = probabilities.topk(min(topk, len(self.classes)), dim=1)
+            for i, v, n in zip(images, values.tolist(), labels.tolist(), strict=True):
+                found[i] = Prediction(str(paths[i]), [(self.classes[k], p) for k, p in zip(n, v, strict=True)])
+        return [found[i] for i in range(len(paths))]
+
+    def evaluate(self, data: str | Path) -> dict[str, Any]:
+        """Scores on the val and test images of prepared data, or on all images of a folder of class folders.
+
+        Raises:
+            TlearnError: classes that the model does not know.
+        """
+        index = self._open(Path(data).expanduser())
+        results: dict[str, Any] = {}
+        for name in ("val", "test"):
+            if name in index.splits:
+                loader = eval_loader(
+                    index.splits[name],
+                    self.preprocessing,
+                    Share(BATCH_SIZE),
+                    device=self.runtime.device,
+                    dtype=self.runtime.dtype,
+                    workers=2,
+                )
+                results[name] = evaluate(self.runtime, self.net, loader, self.classes)
+        if not results:
+            raise TlearnError(f"{data}: has no val or test images")
+        return results
+
+    def _open(self, path: Path) -> Index:
+        # a plain folder of classes is all there to be scored; one with train/val/test keeps its splits
+        index = open_or_prepare(path) if (path / INDEX).is_file() else prepare_cached(path, Options(val=1.0))
+        if index.classes != self.classes:
+            unknown = sorted(set(index.classes) - set(self.classes))
+            missing = sorted(set(self.classes) - set(index.classes))
+            raise TlearnError(
+                f"{path}: its classes are not the model's"
+                + (f"; unknown to the model: {', '.join(unknown[:5])}" if unknown else "")
+                + (f"; missing in the data: {', '.join(missing[:5])}" if missing else "")
+            )
+        return index
+
+    def _probabilities(self, images: torch.Tensor) -> torch.Tensor:
+        batch = normalise(images.to(self.runtime.device), self.preprocessing, self.runtime.dtype)
+        with torch.no_grad(), self.runtime.accelerator.autocast():
+            return self.net(batch).float().softmax(dim=1).cpu()
+
+
+def load(run: str | Path) -> Classifier:
+    """The best model of a run.
+
+    Raises:
+        TlearnError: no run there, or one that has not finished an epoch.
+    """
+    folder = RunFolder(Path(run))
+    if not folder.card.is_file():
+        raise TlearnError(f"{run}: holds no trained model (expected {folder.card})")
+    state, _ = checkpoint.load_best(folder.best)
+    card = json.loads(folder.card.read_text(encoding="utf-8"))
+    preprocessing = Preprocessing(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in card["preprocessing"].items()}
+    )
+    runtime = start(load_config(folder.config).precision)
+    net = build_backbone(card["backbone"], "random", preprocessing.size_px, 0.0).net
+    replace_head(net, len(card["classes"]))
+    net.load_state_dict(state)
+    net.to(runtime.device, runtime.dtype, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    return Classifier(net, card["classes"], preprocessing, runtime)

@@ -1,0 +1,72 @@
+"""What people read before and after a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from tlearn.config import Stage
+from tlearn.console import show
+
+
+def show_stages(stages: Sequence[Stage], plan: Sequence[Mapping[str, float]], sizes: Mapping[str, int]) -> None:
+    """One row a stage: what trains and at which rates.
+
+    Args:
+        stages: filled in.
+        plan: learning-rate multiplier of every parameter, per stage.
+        sizes: elements of every parameter.
+    """
+    table = _table("stages", "stage", "epochs", "px", "trains", "parameters", "optimizer", "peak rate", "schedule")
+    for stage, multipliers in zip(stages, plan, strict=True):
+        assert stage.optimizer is not None
+        assert stage.schedule is not None
+        trained = sum(sizes[name] for name, multiplier in multipliers.items() if multiplier > 0)
+        rates = sorted({stage.optimizer.lr * m for m in multipliers.values() if m > 0}, reverse=True)
+        table.add_row(
+            stage.name,
+            str(stage.epochs),
+            str(stage.image_size),
+            ", ".join(f"{pattern} x{multiplier:g}" for pattern, multiplier in stage.train if multiplier > 0),
+            f"{trained:,} of {sum(sizes.values()):,}",
+            stage.optimizer.name,
+            ", ".join(f"{rate:.2g}" for rate in rates),
+            stage.schedule.name,
+        )
+    show(table)
+
+
+def show_scores(result: Mapping[str, Any]) -> None:
+    """One row a split."""
+    table = _table("result", "split", "images", "top-1", "95 % interval", "macro F1", "loss")
+    for split in ("val", "test"):
+        if split in result:
+            r = result[split]
+            low, high = r["top1_interval95"]
+            table.add_row(
+                f"{split}@{result['image_size_px']}",
+                f"{r['n']:,}",
+                f"{r['top1']:.1%}",
+                f"{low:.1%} to {high:.1%}",
+                f"{r['macro_f1']:.3f}",
+                f"{r['loss']:.4f}",
+            )
+    show(table)
+
+
+def show_result(folder: Path, result: Mapping[str, Any]) -> None:
+    """The end of a run."""
+    show_scores(result)
+    best = result["best"]
+    show(f"best epoch {best['epoch'] + 1} (stage {best['stage']}), chosen on val")
+    show(
+        f"{result['steps']:,} steps in {result['seconds']:.0f} s, {result['train_images_per_s']} training images/s"
+    )
+    show(f"run folder: {folder}")
+
+
+def _table(title: str, *columns: str) -> Table:
+    return Table(*columns, title=title, title_justify="left")

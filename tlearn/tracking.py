@@ -1,0 +1,99 @@
+"""Where metrics go: metrics.jsonl is the truth, W&B a copy of it. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from tlearn.config import Config
+from tlearn.console import show
+
+Row = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Takes rows of metrics."""
+
+    def log(self, row: Row) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One JSON object a line. Rows behind `step` are dropped first: a resumed run writes them again."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = []
+        if path.exists():
+            # the last line may be torn: the process was killed while writing it
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if not line.endswith("\n") or json.loads(line)["step"] > step:
+                    break
+                kept.append(line)
+        path.write_text("".join(kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def log(self, row: Row) -> None:
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class WandB:
+    """Weights & Biases; offline where there is no key."""
+
+    def __init__(self, config: Config, folder: Path, run_id: str | None) -> None:
+        import wandb
+
+        mode = config.tracking.wandb.mode
+        if mode == "online" and not wandb.api.api_key:
+            show("W&B: no API key, recording offline (`wandb sync` uploads it later)")
+            mode = "offline"
+        self._run = wandb.init(
+            project=config.tracking.wandb.project,
+            dir=folder,
+            mode=mode,
+            id=run_id,
+            resume="allow",
+            name=folder.name,
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        self._run.define_metric("samples")
+        self._run.define_metric("*", step_metric="samples")
+        self.id: str = self._run.id
+
+    def log(self, row: Row) -> None:
+        flat = {key: value for key, value in row.items() if isinstance(value, int | float)}
+        flat |= {f"lr/{name}": value for name, value in row.get("lr", {}).items()}
+        self._run.log(flat)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Tracker:
+    """The sinks of one run."""
+
+    def __init__(self, config: Config, folder: Path, step: int, wandb_id: str | None, *, active: bool) -> None:
+        self._sinks: list[Sink] = []
+        self.wandb_id = wandb_id
+        if not active:
+            return
+        self._sinks.append(JsonLines(folder / "metrics.jsonl", step))
+        if config.tracking.wandb.mode != "disabled":
+            wandb = WandB(config, folder, wandb_id)
+            self.wandb_id = wandb.id
+            self._sinks.append(wandb)
+
+    def log(self, row: Row) -> None:
+        """Write one row: `kind`, `step` and measures."""
+        for sink in self._sinks:
+            sink.log(row)
+
+    def close(self) -> None:
+        """Finish all sinks."""
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
