@@ -14,6 +14,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _console = Console(stderr=True, highlight=False)
+if not _console.is_terminal:
+    _console.width = 120
 _log: Path | None = None
 
 
@@ -26,10 +28,10 @@ def configure(*, quiet: bool = False, log: Path | None = None) -> None:
 
 def show(message: RenderableType) -> None:
     """Print a line of text (no markup) or a table."""
-    _console.print(message, markup=False)
+    _console.print(message, markup=False, soft_wrap=isinstance(message, str))
     if _log is not None:
         plain = Console(file=io.StringIO(), width=120, highlight=False)
-        plain.print(message, markup=False)
+        plain.print(message, markup=False, soft_wrap=isinstance(message, str))
         with _log.open("a", encoding="utf-8") as file:
             file.write(plain.file.getvalue())  # type: ignore[attr-defined]
 

@@ -150,7 +150,7 @@ def _stage_loader(run: Run, stage: Stage) -> Loader:
 def _train_step(
     run: Run, shell: nn.Module, optimizer: torch.optim.Optimizer, stepper: Any, micro_batches: list[Batch]
 ) -> torch.Tensor:
-    """One optimizer step. Returns sums over all processes, not yet read: loss, correct, step rejected, stop flags."""
+    """One optimizer step. Returns sums over all processes, not yet read: loss, correct, rejected, stop flags."""
     runtime, progress = run.runtime, run.progress
     accelerator = runtime.accelerator
     weight = run.objective.weight(micro_batches[0].global_labels)

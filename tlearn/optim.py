@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from tlearn.config import SGD, Adam, AdamW, Constant, Cosine, CosineWarmRestarts
 OptimizerConfig = Adam | AdamW | SGD
 ScheduleConfig = Constant | Step | Cosine | CosineWarmRestarts
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,

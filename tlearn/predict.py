@@ -109,7 +109,8 @@ class Classifier:
     def _probabilities(self, images: torch.Tensor) -> torch.Tensor:
         batch = normalise(images.to(self.runtime.device), self.preprocessing, self.runtime.dtype)
         with torch.no_grad(), self.runtime.accelerator.autocast():
-            return self.net(batch).float().softmax(dim=1).cpu()
+            probabilities: torch.Tensor = self.net(batch).float().softmax(dim=1).cpu()
+        return probabilities
 
 
 def load(run: str | Path) -> Classifier:
@@ -123,9 +124,8 @@ def load(run: str | Path) -> Classifier:
         raise TlearnError(f"{run}: holds no trained model (expected {folder.card})")
     state, _ = checkpoint.load_best(folder.best)
     card = json.loads(folder.card.read_text(encoding="utf-8"))
-    preprocessing = Preprocessing(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in card["preprocessing"].items()}
-    )
+    about: dict[str, Any] = card["preprocessing"]
+    preprocessing = Preprocessing(**about | {name: tuple(about[name]) for name in ("mean", "std")})
     runtime = start(load_config(folder.config).precision)
     net = build_backbone(card["backbone"], "random", preprocessing.size_px, 0.0).net
     replace_head(net, len(card["classes"]))

@@ -42,19 +42,12 @@ class Runtime:
     def __init__(self, precision: str) -> None:
         # Accelerate keeps the precision of the first run of a process; a second run may want another
         AcceleratorState._reset_state()
-        requested = torch.device("cuda").type if torch.cuda.is_available() else "cpu"
-        self.precision = self._resolve(precision, requested)
+        self.precision = _resolve(precision)
         self.accelerator = Accelerator(
-            mixed_precision="bf16" if self.precision == "bf16" else "no", cpu=requested == "cpu" and not _has_mps()
+            mixed_precision="bf16" if self.precision == "bf16" else "no", cpu=not torch.accelerator.is_available()
         )
         self.stop = StopFlag()
         console.configure(quiet=not self.is_main)
-
-    @staticmethod
-    def _resolve(precision: str, device: str) -> str:
-        if precision != "auto":
-            return precision
-        return "bf16" if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
     @property
     def device(self) -> torch.device:
@@ -113,8 +106,11 @@ class Runtime:
         }
 
 
-def _has_mps() -> bool:
-    return torch.backends.mps.is_available()
+def _resolve(precision: str) -> str:
+    if precision != "auto":
+        return precision
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
 
 
 def _version(package: str) -> str:

@@ -31,7 +31,7 @@ def show_stages(stages: Sequence[Stage], plan: Sequence[Mapping[str, float]], si
             str(stage.epochs),
             str(stage.image_size),
             ", ".join(f"{pattern} x{multiplier:g}" for pattern, multiplier in stage.train if multiplier > 0),
-            f"{trained:,} of {sum(sizes.values()):,}",
+            f"{_short(trained)} of {_short(sum(sizes.values()))}",
             stage.optimizer.name,
             ", ".join(f"{rate:.2g}" for rate in rates),
             stage.schedule.name,
@@ -66,6 +66,14 @@ def show_result(folder: Path, result: Mapping[str, Any]) -> None:
         f"{result['steps']:,} steps in {result['seconds']:.0f} s, {result['train_images_per_s']} training images/s"
     )
     show(f"run folder: {folder}")
+
+
+def _short(n: float) -> str:
+    for unit in ("", "k", "M"):
+        if n < 1000:
+            return f"{n:.3g}{unit}"
+        n /= 1000
+    return f"{n:.3g}G"
 
 
 def _table(title: str, *columns: str) -> Table:

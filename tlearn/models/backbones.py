@@ -162,7 +162,7 @@ def last_linear(net: nn.Module) -> str:
     Raises:
         TlearnError: the model has none.
     """
-    names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    names: list[str] = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
     if not names:
         raise TlearnError("model.backbone: has no Linear layer that could be its head; choose another one")
     return names[-1]
@@ -175,8 +175,9 @@ def blocks_of(net: nn.Module, head: str) -> list[list[str]]:
     convolution) belongs to it.
     """
     names = [name for name, _ in net.named_parameters() if not name.startswith(f"{head}.")]
-    if hasattr(net, "group_matcher"):
-        groups = group_with_matcher(net.named_parameters(), net.group_matcher(coarse=True))
+    matcher: Any = getattr(net, "group_matcher", None)
+    if matcher is not None:  # timm
+        groups = group_with_matcher(net.named_parameters(), matcher(coarse=True))
         block_of = {name: group for group, members in groups.items() for name in members}
         tail = block_of.get(f"{head}.weight")
         blocks = [[n for n in names if block_of[n] == group] for group in sorted(groups) if group != tail]
