@@ -116,5 +116,6 @@ def _cycle_position(t: float, t_0: float, t_mult: int) -> float:
     if t_mult == 1:
         return t % t_0 / t_0
     n = math.floor(math.log(t / t_0 * (t_mult - 1) + 1, t_mult) + 1e-12)
-    start = t_0 * (t_mult**n - 1) / (t_mult - 1)
-    return max(0.0, t - start) / (t_0 * t_mult**n)
+    growth: int = t_mult**n
+    start = t_0 * (growth - 1) / (t_mult - 1)
+    return max(0.0, t - start) / (t_0 * growth)

@@ -47,7 +47,7 @@ class WandB:
         import wandb
 
         mode = config.tracking.wandb.mode
-        if mode == "online" and not wandb.api.api_key:
+        if mode == "online" and not wandb.login(prompt=False):
             show("W&B: no API key, recording offline (`wandb sync` uploads it later)")
             mode = "offline"
         self._run = wandb.init(

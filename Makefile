@@ -1,0 +1,46 @@
+# Everything below works on a fresh machine with Python 3.11+, git and make.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-fast check format clean
+
+# real pictures in, a trained and evaluated classifier out, in a few minutes
+demo: .venv/.demo
+	$(BIN)/python benchmarks/datasets.py demo demo/pictures
+	$(BIN)/tlearn prepare demo/pictures demo/data --val 0.3
+	$(BIN)/tlearn train configs/demo.yaml --run demo/run
+	$(BIN)/tlearn evaluate demo/run
+	@echo "five validation pictures:"
+	@$(BIN)/python -c "import json; print(*json.load(open('demo/data/audit.json'))['accepted']['val'][::21][:5], sep='\n')" \
+		| sed 's|^|demo/pictures/|' | xargs -d '\n' $(BIN)/tlearn predict demo/run --topk 3
+	@echo "the run folder is demo/run"
+
+test: .venv/.dev
+	$(BIN)/python -m pytest
+
+# without the tests that train something real or start processes
+test-fast: .venv/.dev
+	$(BIN)/python -m pytest -m "not slow"
+
+# what CI runs
+check: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+format: .venv/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf demo .venv
+
+.venv/.%: pyproject.toml | .venv
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@
+
+.venv:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'tlearn needs Python 3.11 or newer; make PYTHON=python3.12, say')"
+	$(PYTHON) -m venv .venv || { [ "$$(id -u)" = 0 ] && apt-get install -y python3-venv && $(PYTHON) -m venv .venv; }
+	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -1,0 +1,66 @@
+"""Shared: a small real data set, and a config for runs of a second."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from tlearn.config import Config
+from tlearn.configfile import load_config
+from tlearn.data.scan import prepare
+
+# one thread: what these networks compute is too small to share, and two processes may run side by side
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent.parent
+
+
+def load_script(name: str) -> ModuleType:
+    """A script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Crops of ten photographs: train/<photo>/*.png (200) and val/<photo>/*.png (120)."""
+    out: Path = load_script("datasets").make("photo_crops", tmp_path_factory.mktemp("photos") / "crops")
+    return out
+
+
+@pytest.fixture(scope="session")
+def photos(photo_folder: Path) -> Path:
+    """The same, prepared."""
+    out = photo_folder.parent / "prepared"
+    prepare(photo_folder, out)
+    return out
+
+
+TINY = (
+    "model.backbone=test_efficientnet",
+    "model.weights=random",
+    "data.image_size=32",
+    "data.workers=0",
+    "tracking.wandb.mode=disabled",
+    "run.audit=true",
+)
+"""A network of a few hundred thousand parameters on pictures of 32 px."""
+
+
+@pytest.fixture
+def tiny(photos: Path) -> Callable[..., Config]:
+    """Makes configs of runs that take a second: `tiny("seed=3", ...)`."""
+
+    def make(*overrides: str, quick: bool = False) -> Config:
+        return load_config(None, [f"data.path={photos}", *TINY, *overrides], quick=quick)
+
+    return make
