@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import io
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,3 +66,16 @@ def psnr_db(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
     """Peak signal-to-noise ratio of two 8-bit pictures."""
     error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
     return float(10 * np.log10(255**2 / max(error, 1e-12)))
+
+
+def read_with_webdataset(urls: list[str], decode: str | None = None) -> list[dict[str, Any]]:
+    """Every sample, by webdataset alone, which leaves closing the files to the garbage collector."""
+    import webdataset as wds
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        data = wds.WebDataset(urls, shardshuffle=False)
+        samples = list(data if decode is None else data.decode(decode))
+        del data
+        gc.collect()
+    return samples

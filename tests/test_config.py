@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -391,10 +391,15 @@ def test_quick_keeps_every_stage_and_shrinks_its_epochs(file: MakeFile) -> None:
     assert quick.stages is not None
     assert [s.name for s in quick.stages] == ["a", "b", "c"]
     assert all(s.epochs >= 1 for s in quick.stages)
-    assert sum(s.epochs for s in quick.stages) <= 6 + len(quick.stages)
-    assert quick.stages[1].epochs == max(s.epochs for s in quick.stages)
+    assert quick.stages[1].epochs == max(s.epochs for s in quick.stages) < 20
     assert quick.stages[1].image_size == 128
     assert [s.train for s in quick.stages] == [s.train for s in load_config(file(THREE_STAGES)).stages or []]
+
+
+def test_quick_keeps_to_its_number_of_epochs(file: MakeFile) -> None:
+    quick = load_config(file(THREE_STAGES), quick=True)
+
+    assert sum(s.epochs for s in quick.stages or []) <= quick.quick.epochs
 
 
 def cycles(stage: Stage) -> float:
@@ -535,11 +540,28 @@ def test_differing_keys_sees_a_stage_more(file: MakeFile) -> None:
 
 # nothing but TlearnError, whatever is given
 
-keys = st.sampled_from(
-    ["data", "data.path", "stages", "stages.0", "stages.0.train", "stages.0.train.0", "optimizer", "optimizer.name"]
-    + ["schedule", "schedule.t_0", "model", "model.weights", "strategy", "epochs", "quick", "tracking.wandb", "a.b"]
-    + ["data.augment.scale", "data.augment.scale.0", "batch.size", "clip_norm", "run.audit", "stages.0.optimizer"]
-)
+sections = [
+    "data",
+    "stages",
+    "stages.0",
+    "stages.0.train",
+    "optimizer",
+    "schedule",
+    "model",
+    "quick",
+    "tracking.wandb",
+]
+leaves = ["data.path", "stages.0.train.0", "optimizer.name", "schedule.t_0", "model.weights", "strategy", "epochs"]
+others = [
+    "data.augment.scale",
+    "data.augment.scale.0",
+    "stages.0.optimizer",
+    "batch.size",
+    "clip_norm",
+    "run.audit",
+    "a.b",
+]
+keys = st.sampled_from([*sections, *leaves, *others])
 values = st.recursive(
     st.none()
     | st.booleans()
@@ -566,10 +588,8 @@ tokens = st.lists(
 
 
 def loads_or_complains(path: Path | None, overrides: list[str], quick: bool) -> None:
-    try:
+    with contextlib.suppress(TlearnError):
         load_config(path, overrides, quick=quick)
-    except TlearnError as error:
-        assert str(error).strip()
 
 
 @settings(max_examples=150, deadline=None)
@@ -589,6 +609,8 @@ def test_random_text_as_an_override_loads_or_is_a_tlearn_error(override: str, ke
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(content=b"!!int")
+@example(content=b"? !!map x")
 @given(
     content=tokens.map(str.encode)
     | st.binary(max_size=40)
@@ -597,5 +619,4 @@ def test_random_text_as_an_override_loads_or_is_a_tlearn_error(override: str, ke
 def test_a_random_file_loads_or_is_a_tlearn_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "random.yaml"
     path.write_bytes(content)
-    with warnings.catch_warnings():
-        loads_or_complains(path, [], quick=False)
+    loads_or_complains(path, [], quick=False)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pictures import encode, noise, photo, pixels, psnr_db, tiles
 from PIL import ExifTags, Image
@@ -147,7 +147,8 @@ def test_a_rotated_picture_survives_nonsense_in_its_exif_block(
     assert np.abs(pixels(data) - UPRIGHT).mean() < 3
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
+@example([(65, 0)])
 @given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4))
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_damaged_bytes_give_a_picture_or_a_reason_and_nothing_else(damage: list[tuple[int, int]]) -> None:
@@ -230,11 +231,12 @@ def test_covering_decode_of_a_large_jpeg_is_small_enough_and_large_enough() -> N
     original = photo()
     data = encode(original, "JPEG", quality=95)
     full = np.asarray(load_rgb(open_image(data)))
-    for cover, expected in {(80, 54): (80, 54), (81, 50): (160, 107), (100.5, 70.2): (160, 107)}.items():
+    for cover, expected in {(80, 53): (80, 54), (81, 50): (160, 107), (100.5, 70.2): (160, 107)}.items():
         small = load_rgb(open_image(data), cover=cover)
         assert small.size == expected
-        reference = Image.fromarray(full).resize(expected, Image.Resampling.BOX)
-        assert psnr_db(np.asarray(small), np.asarray(reference)) > 30
+        scale, rows = 640 // expected[0], expected[1] - 1  # the last row is not a whole one
+        reference = Image.fromarray(full[: rows * scale]).resize((expected[0], rows), Image.Resampling.BOX)
+        assert psnr_db(np.asarray(small)[:rows], np.asarray(reference)) > 33
     for cover in ((321, 10), (10, 214), (2000, 2000)):
         assert (np.asarray(load_rgb(open_image(data), cover=cover)) == full).all()
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TINY
 from safetensors.torch import load_file
 
 from tlearn import engine
 from tlearn.config import Config
-from tlearn.configfile import load_config
+from tlearn.configfile import dump_config, load_config
 from tlearn.errors import StoppedBySignalError, TlearnError
 from tlearn.models.build import build_model
 from tlearn.tracking import Tracker
@@ -128,15 +129,22 @@ def test_the_recorded_config_repeats_the_run_bit_for_bit(tiny: MakeConfig, tmp_p
     assert load_config(tmp_path / "a" / "config.yaml") == load_config(tmp_path / "b" / "config.yaml")
 
 
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def whole(request: pytest.FixtureRequest, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three stages that nothing interrupted."""
+    options = (f"data.path={photos}", *TINY, STAGES, f"precision={request.param}", "data.workers=1")
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(load_config(None, options), folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     "step", [3, 7, 16, 33], ids=["first epoch", "end of an epoch", "second stage", "another size"]
 )
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
-    tiny: MakeConfig, tmp_path: Path, send_at_step: Callable[[int, int], None], step: int, precision: str
+    whole: Path, tmp_path: Path, send_at_step: Callable[[int, int], None], step: int
 ) -> None:
-    config = tiny(STAGES, f"precision={precision}", "data.workers=1")
-    train(config, tmp_path / "whole")
+    config = load_config(whole / "config.yaml")
     send_at_step(step, signal.SIGTERM)
     with pytest.raises(StoppedBySignalError):
         train(config, tmp_path / "cut")
@@ -144,7 +152,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     assert step <= steps_done <= step + 3  # the row of step k is logged, and the flag read, a step late
     assert not (tmp_path / "cut" / "result.json").exists()
     train(config, tmp_path / "cut", resume="must")
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert_same_run(whole, tmp_path / "cut")
 
 
 def test_a_run_that_lost_its_newest_rows_and_checkpoint_writes_them_again(
@@ -177,7 +185,7 @@ def test_a_run_that_lost_its_newest_rows_and_checkpoint_writes_them_again(
 
 
 def test_accumulation_and_workers_change_neither_batches_nor_losses(tiny: MakeConfig, tmp_path: Path) -> None:
-    base = ("strategy=full", "epochs=2", "precision=fp64", "batch.size=31", "objective.class_weight=inverse")
+    base = ("strategy=full", "epochs=1", "precision=fp64", "batch.size=31", "objective.class_weight=inverse")
     train(tiny(*base), tmp_path / "a")
     train(tiny(*base, "batch.micro=4", "data.workers=2"), tmp_path / "b")
     frozen = ("model.batch_norm=frozen",)
@@ -321,10 +329,11 @@ def test_a_bare_folder_of_images_is_prepared_into_the_cache_once(
 
 
 def test_quick_caps_images_size_and_epochs(tiny: MakeConfig, tmp_path: Path) -> None:
-    config = tiny(
-        "quick.samples=50", "quick.epochs=3", "quick.image_size=32", "epochs=30", "batch.size=25", quick=True
-    )
-    result = train(config, tmp_path / "run")
+    written = tmp_path / "full.yaml"
+    written.write_text(dump_config(tiny("epochs=30", "data.image_size=64", "batch.size=25")))
+    given = ("quick.samples=50", "quick.epochs=3", "quick.image_size=32")
+    result = train(load_config(written, given, quick=True), tmp_path / "run")
+    assert result["image_size_px"] == 32
     assert result["val"]["n"] == 50
     assert {c["n"] for c in result["val"]["per_class"].values()} == {5}
     assert len(rows(tmp_path / "run", "epoch")) == 3

@@ -120,14 +120,13 @@ def prepare(source: str | Path, out: str | Path, options: Options | None = None)
         "source_fingerprint": _listing_fingerprint(found, stray),
         "options": asdict(options),
     }
-    partial_dir = out.parent / f"{out.name}.partial"
-    with _only_one(out):
-        if done := _already_there(out, about):
-            return done
-        if not found:
-            raise TlearnError(_nothing_found(source, stray))
-        partial_dir.mkdir(parents=True, exist_ok=True)
+    with _locked_partial(out) as partial_dir:
         try:
+            if done := _already_there(out, about):
+                shutil.rmtree(partial_dir)
+                return done
+            if not found:
+                raise TlearnError(_nothing_found(source, stray))
             examined = _examine_all(source, found, partial_dir / "scan.jsonl")
             plan = _Plan(found, examined, stray, options)
             plan.check(source, options)
@@ -212,14 +211,24 @@ def _nothing_found(source: Path, stray: dict[str, str]) -> str:
 
 
 @contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """Two processes that prepare the same output take turns; the kernel frees the lock when one dies."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    path = out.parent / f".{out.name}.lock"
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-        path.unlink(missing_ok=True)
+def _locked_partial(out: Path) -> Iterator[Path]:
+    """OUT.partial, held by one process at a time; the kernel frees the lock when its holder dies."""
+    path = out.parent / f"{out.name}.partial"
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                break
+        except FileNotFoundError:
+            continue
+        # another process finished while this one waited: the folder is now OUT, or gone
+        os.close(descriptor)
+    try:
+        yield path
+    finally:
+        os.close(descriptor)
 
 
 def _already_there(out: Path, about: dict[str, Any]) -> Index | None:

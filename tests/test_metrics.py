@@ -1,0 +1,107 @@
+"""Measures of a confusion matrix are scikit-learn's; intervals are Wilson's."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
+
+from tlearn.metrics import classification_report, wilson_interval
+
+
+@st.composite
+def answers(draw: st.DrawFn) -> tuple[int, list[int], list[int]]:
+    """Number of classes, labels, predictions; some classes without either."""
+    classes = draw(st.integers(2, 6))
+    n = draw(st.integers(1, 40))
+    labels = draw(st.lists(st.integers(0, classes - 1), min_size=n, max_size=n))
+    return classes, labels, draw(st.lists(st.integers(0, classes - 1), min_size=n, max_size=n))
+
+
+@settings(max_examples=100, deadline=None)
+@given(answers())
+def test_measures_are_those_of_scikit_learn(case: tuple[int, list[int], list[int]]) -> None:
+    classes, labels, predictions = case
+    names = [f"class {i}" for i in range(classes)]
+    confusion = confusion_matrix(labels, predictions, labels=range(classes)).astype(np.int64)
+    report = classification_report(confusion, names, loss_sum=3.0, n_expected=len(labels))
+    precision, recall, f1, support = precision_recall_fscore_support(
+        labels, predictions, labels=range(classes), zero_division=0
+    )
+
+    assert report["top1"] == pytest.approx(accuracy_score(labels, predictions), rel=1e-12)
+    assert report["macro_f1"] == pytest.approx(
+        f1_score(labels, predictions, labels=sorted(set(labels)), average="macro", zero_division=0), rel=1e-12
+    )
+    assert (report["n"], report["n_expected"]) == (len(labels), len(labels))
+    assert report["loss"] == pytest.approx(3.0 / len(labels))
+    for i, name in enumerate(names):
+        own = report["per_class"][name]
+        assert own["n"] == support[i]
+        measures = (own["precision"], own["recall"], own["f1"])
+        assert measures == pytest.approx((precision[i], recall[i], f1[i]), rel=1e-12)
+
+
+def test_rows_are_labels_and_columns_predictions() -> None:
+    confusion = np.array([[3, 1], [0, 6]], dtype=np.int64)
+    report = classification_report(confusion, ["cat", "dog"], loss_sum=5.0, n_expected=10)
+
+    assert report["per_class"]["cat"] == {"n": 4, "precision": 1.0, "recall": 0.75, "f1": 6 / 7}
+    assert report["per_class"]["dog"] == {"n": 6, "precision": 6 / 7, "recall": 1.0, "f1": 12 / 13}
+    assert report["top1"] == 0.9
+    assert report["confusion"] == [[3, 1], [0, 6]]
+
+
+def test_a_report_is_plain_json() -> None:
+    confusion = np.array([[3, 1, 0], [0, 6, 0], [0, 0, 0]], dtype=np.int64)
+    report = classification_report(confusion, ["a", "b", "c"], loss_sum=1.0, n_expected=10)
+
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def test_nothing_counted_is_nothing_known() -> None:
+    report = classification_report(np.zeros((2, 2), dtype=np.int64), ["a", "b"], loss_sum=0.0, n_expected=5)
+
+    assert (report["n"], report["n_expected"], report["top1"]) == (0, 5, 0.0)
+    assert report["top1_interval95"] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    [
+        (8, 10, 0.4901625, 0.9433178),
+        (0, 10, 0.0, 0.2775328),
+        (10, 10, 0.7224672, 1.0),
+        (50, 100, 0.4038315, 0.5961685),
+        (1, 1, 0.2065493, 1.0),
+        (0, 0, 0.0, 1.0),
+    ],
+)
+def test_known_wilson_intervals(hits: int, n: int, low: float, high: float) -> None:
+    assert wilson_interval(hits, n) == pytest.approx((low, high), abs=1e-6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(n=st.integers(1, 10**7), share=st.floats(0, 1))
+def test_a_wilson_interval_ends_where_the_share_is_just_not_rejected(n: int, share: float) -> None:
+    hits = round(share * n)
+    low, high = wilson_interval(hits, n)
+
+    assert 0.0 <= low <= hits / n + 1e-12
+    assert hits / n - 1e-12 <= high <= 1.0
+    for end in (low, high):
+        if 1e-12 < end < 1.0 - 1e-12:
+            z = abs(hits / n - end) / math.sqrt(end * (1 - end) / n)
+            assert z == pytest.approx(1.959964, rel=1e-4)
+
+
+def test_the_interval_of_a_report_is_that_of_its_hits() -> None:
+    confusion = np.array([[4, 1], [1, 4]], dtype=np.int64)
+    report = classification_report(confusion, ["a", "b"], loss_sum=1.0, n_expected=10)
+
+    assert report["top1_interval95"] == pytest.approx([0.4901625, 0.9433178], abs=1e-6)
