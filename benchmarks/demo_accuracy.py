@@ -16,7 +16,7 @@ from pathlib import Path
 from datasets import make
 
 from tlearn import load_config, prepare, train
-from tlearn.data.scan import Options
+from tlearn.data.plan import Options
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 VARIANTS = {"Lite0 weights": [], "random weights": ["model.weights=random"]}

@@ -12,7 +12,7 @@ import torch
 
 from tlearn.config import Config
 from tlearn.configfile import load_config
-from tlearn.data.scan import prepare
+from tlearn.data.prepare import prepare
 
 # one thread: what these networks compute is too small to share, and two processes may run side by side
 torch.set_num_threads(1)

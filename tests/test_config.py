@@ -454,7 +454,7 @@ def test_quick_on_more_stages_than_epochs_keeps_one_epoch_and_its_schedule_each(
 
 
 def test_quick_on_absurdly_many_epochs_is_still_short(file: MakeFile) -> None:
-    path = file(f"data: {{path: x}}\nstages: [{{name: a, epochs: {'9' * 400}, {RULES}}}]")
+    path = file(f"data: {{path: x}}\nstages: [{{name: a, epochs: 1000000, {RULES}}}]")
     stages = load_config(path, quick=True).stages
 
     assert stages is not None
@@ -511,7 +511,10 @@ trees: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
 @example(tree={"data.path": "a\x85b"}, quick=False)
 @example(tree={"data.path": "x", "tracking.wandb.project": "2e-3"}, quick=False)
 def test_what_is_dumped_is_read_back_equal(tmp_path: Path, tree: dict[str, Any], quick: bool) -> None:
-    config = load_config(None, [f"{key}={json.dumps(value)}" for key, value in tree.items()], quick=quick)
+    if "stages" in tree:
+        tree.pop("epochs", None)  # refused beside stages
+    given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in tree.items()]
+    config = load_config(None, given, quick=quick)
     path = tmp_path / "dumped.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
 

@@ -35,7 +35,7 @@ WITHIN_A_ROW = {
 }
 """What a module may import from its own row."""
 PACKAGES = {
-    "data": ("order", "decode", "transforms", "shards", "loader", "scan"),
+    "data": ("order", "decode", "transforms", "shards", "loader", "scan", "plan", "prepare"),
     "models": ("weights", "backbones", "build"),
 }
 """Modules of a package from the bottom up: each imports only those before it."""
@@ -127,7 +127,7 @@ LIGHT = (
     "tlearn.configfile",
     "tlearn.cli",
     "tlearn.stages",
-    "tlearn.data.scan",
+    "tlearn.data.prepare",
     "tlearn.errors",
 )
 HEAVY = ("torch", "torchvision", "timm", "accelerate", "wandb", "webdataset")

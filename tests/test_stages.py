@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tlearn.config import Rule, Stage
 from tlearn.configfile import load_config
 from tlearn.errors import TlearnError
-from tlearn.stages import STRATEGIES, expand, resolve
+from tlearn.stages import STRATEGIES, expand, filled, resolve
 
 BLOCKS = [
     ["stem.weight"],
@@ -81,13 +81,14 @@ def test_expanding_fills_in_what_a_stage_leaves_open_and_keeps_what_it_says() ->
             " optimizer: {name: sgd}, schedule: {name: constant}, image_size: 64}]",
         ],
     )
-    first, second = expand(config).stages or []
+    first, second = filled(config)
 
     assert (first.optimizer, first.schedule, first.image_size) == (config.optimizer, config.schedule, 96)
     assert second.optimizer is not None
     assert second.schedule is not None
     assert (second.optimizer.name, second.schedule.name, second.image_size) == ("sgd", "constant", 64)
-    assert expand(expand(config)) == expand(config)
+    assert expand(config) == config  # what a stage leaves open stays open in the record, so that it can be overridden
+    assert filled(expand(config)) == filled(config)
 
 
 def test_expanding_a_named_strategy_lists_its_stages() -> None:

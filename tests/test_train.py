@@ -306,7 +306,8 @@ def test_a_folder_of_another_run_is_refused_with_the_options_that_differ(tiny: M
 
 
 def test_a_held_out_test_split_is_scored_once(tmp_path: Path, photo_folder: Path, tiny: MakeConfig) -> None:
-    from tlearn.data.scan import Options, prepare
+    from tlearn.data.plan import Options
+    from tlearn.data.prepare import prepare
 
     index = prepare(photo_folder, tmp_path / "data", Options(test=0.2))
     n_test = len(index.splits["test"])

@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from tlearn.config import Config
     from tlearn.configfile import load_config
-    from tlearn.data.scan import prepare
+    from tlearn.data.prepare import prepare
     from tlearn.errors import TlearnError
     from tlearn.predict import load
     from tlearn.train import train
@@ -23,7 +23,7 @@ _HOME = {
     "TlearnError": "tlearn.errors",
     "load": "tlearn.predict",
     "load_config": "tlearn.configfile",
-    "prepare": "tlearn.data.scan",
+    "prepare": "tlearn.data.prepare",
     "train": "tlearn.train",
 }
 

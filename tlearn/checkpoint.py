@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from tlearn.console import show
@@ -26,6 +26,7 @@ from tlearn.errors import TlearnError
 
 FORMAT_VERSION = 1
 KEPT = 2
+_FILES = ("model.safetensors", "optimizer.safetensors", "progress.json")
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -65,15 +66,18 @@ class Restored(NamedTuple):
 def save(root: Path, model: Tensors, optimizer: Tensors, progress: Progress) -> Path:
     """Write a checkpoint; older ones are pruned once it is in place."""
     final = root / f"step-{progress.step:08d}"
-    temporary = root / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for half_written in root.glob(".step-*"):  # by a process that was killed
+        shutil.rmtree(half_written)
+    temporary = root / f".{final.name}"
     temporary.mkdir(parents=True)
     save_file(_plain(model), temporary / "model.safetensors")
     save_file(_plain(optimizer), temporary / "optimizer.safetensors")
     (temporary / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
     manifest = {
         "version": FORMAT_VERSION,
-        "files": {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())},
+        "files": {
+            name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)} for name in _FILES
+        },
     }
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in temporary.iterdir():
@@ -83,7 +87,10 @@ def save(root: Path, model: Tensors, optimizer: Tensors, progress: Progress) -> 
         shutil.rmtree(final)
     temporary.rename(final)
     _fsync(root)
-    for old in _checkpoints(root)[KEPT:]:
+    folders = _checkpoints(root)
+    # what is newer than this was damaged: the run went on from before it
+    abandoned = [folder for folder in folders if _step(folder) > progress.step]
+    for old in abandoned + folders[len(abandoned) :][KEPT:]:
         shutil.rmtree(old)
     return final
 
@@ -121,35 +128,46 @@ def load_best(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Weights and score that `save_best` wrote.
 
     Raises:
-        TlearnError: no such file.
+        TlearnError: no such file, or a damaged one.
     """
     if not path.is_file():
         raise TlearnError(f"{path}: not found; has this run finished an epoch?")
-    with safe_open(path, framework="pt") as file:
-        best = json.loads(file.metadata()["best"])
-    return load_file(path), best
+    try:
+        with safe_open(path, framework="pt") as file:
+            best = json.loads(file.metadata()["best"])
+        return load_file(path), best
+    except (SafetensorError, ValueError, LookupError, TypeError) as error:
+        raise TlearnError(f"{path}: damaged ({error}); restore the file, or train again") from None
 
 
 def _checkpoints(root: Path) -> list[Path]:
     """Newest first."""
-    return sorted((p for p in root.glob("step-*") if p.is_dir()), reverse=True)
+    folders = [p for p in root.glob("step-*") if p.is_dir() and p.name[5:].isdecimal()]
+    return sorted(folders, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name[5:])
 
 
 def _damage(folder: Path) -> str | None:
     """Why a checkpoint cannot be used, or None."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        version, files = manifest["version"], manifest["files"]
-    except (OSError, ValueError, KeyError):
+        version = manifest["version"]
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return "its manifest is missing or damaged"
     if version != FORMAT_VERSION:
         raise TlearnError(
             f"{folder}: checkpoint format version {version}, this tlearn reads version {FORMAT_VERSION}; "
             "resume with the tlearn that wrote it, or start a new run"
         )
-    for name, expected in files.items():
+    if files.keys() != set(_FILES):
+        return "its manifest is damaged"
+    for name, (size, sha256) in files.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+        if not path.is_file() or path.stat().st_size != size or _sha256(path) != sha256:
             return f"{name} is damaged"
     return None
 

@@ -64,20 +64,16 @@ def prepare(
     shard_mib: Annotated[int, typer.Option(help="Size of a shard, MiB.")] = 128,
 ) -> None:
     """Verify, deduplicate and split a folder of images; write WebDataset shards."""
-    from tlearn.data.scan import Options
-    from tlearn.data.scan import prepare as run
+    from tlearn.data.plan import Options
+    from tlearn.data.prepare import prepare as run
 
     run(src, out, Options(val=val, test=test, seed=seed, max_side=max_side, shard_mib=shard_mib))
 
 
 @app.command()
 def train(
-    config: Annotated[
-        list[str] | None, typer.Argument(help="[CONFIG.yaml] [a.b=c ...]", show_default=False)
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A short run on small images; see quick.* options.")
-    ] = False,
+    config: Annotated[list[str] | None, typer.Argument(help="[CONFIG.yaml] [a.b=c ...]", show_default=False)] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A short run on small images; see quick.* options.")] = False,
     run: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<time>-<strategy>.")] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
     resume: Annotated[ResumeMode, typer.Option(help="Go on with the run in the folder?")] = ResumeMode.auto,
@@ -143,14 +139,12 @@ def predict(
         return
     for p in predictions:
         best = "  ".join(f"{name} {value:.1%}" for name, value in p.classes)
-        typer.echo(
-            f"{p.file}: {best}" if p.error is None else f"{p.file}: ERROR {p.error}", err=p.error is not None
-        )
+        typer.echo(f"{p.file}: {best}" if p.error is None else f"{p.file}: ERROR {p.error}", err=p.error is not None)
 
 
 def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
     """[CONFIG.yaml] [a.b=c ...] in any order."""
-    files = [a for a in arguments if "=" not in a or Path(a).is_file()]
+    files = [a for a in arguments if "=" not in a.partition("/")[0]]
     if len(files) > 1:
         raise TlearnError(f"one config file at most, got {', '.join(files)}; options are written a.b=c")
     return Path(files[0]) if files else None, [a for a in arguments if a not in files]

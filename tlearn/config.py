@@ -10,21 +10,25 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 StrategyName = Literal["feature_extraction", "partial", "full", "staged", "progressive", "scratch"]
-Rule = tuple[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+Pair = Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists only
+Rule = Annotated[tuple[str, Annotated[float, Field(ge=0)]], Field(strict=False)]
+Epochs = Annotated[int, Field(ge=1, le=10**6)]
 
 
 class Section(BaseModel):
     """A group of options; unknown keys are errors, values do not change once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Augment(Section):
     """Random changes to training images; drawn per sample from (seed, epoch, sample)."""
 
-    scale: tuple[float, float] = (0.35, 1.0)
+    scale: Pair = (0.35, 1.0)
     """Share of the image's area that a random crop covers, (smallest, largest)."""
-    ratio: tuple[float, float] = (0.75, 4 / 3)
+    ratio: Pair = (0.75, 4 / 3)
     """Aspect ratio (width / height) of a random crop, (smallest, largest)."""
     hflip: float = Field(0.5, ge=0, le=1)
     """Probability of a left-right flip; 0 where left and right differ in meaning (digits, text, signs)."""
@@ -160,7 +164,7 @@ class Stage(Section):
 
     name: str = Field(min_length=1)
     """Shown in tables and logs."""
-    epochs: int = Field(ge=1)
+    epochs: Epochs
     """Passes over the training set."""
     train: list[Rule] = Field(min_length=1)
     """(pattern, learning-rate multiplier): the first match wins, 0 freezes, every parameter must match one.
@@ -197,7 +201,7 @@ class Batch(Section):
 class SaveEvery(Section):
     """When checkpoints are written; one is always written at the end of a stage and on a signal."""
 
-    epochs: int = Field(1, ge=1)
+    epochs: Epochs = 1
     """Every so many epochs."""
     steps: int | None = Field(None, ge=1)
     """Every so many optimizer steps as well."""
@@ -226,7 +230,7 @@ class Quick(Section):
     """Largest image size of a quick run, px."""
     samples: int = Field(1000, ge=1)
     """Largest number of train images, and of val images; classes as equal as they can be."""
-    epochs: int = Field(6, ge=1)
+    epochs: Epochs = 6
     """Epochs of all stages together; every stage keeps at least one."""
 
 
@@ -248,7 +252,7 @@ class Config(Section):
     """A named list of stages (tlearn/stages.py); only a label where `stages` are listed."""
     stages: list[Stage] | None = Field(None, min_length=1)
     """The stages themselves, in place of a named strategy's."""
-    epochs: int = Field(12, ge=1)
+    epochs: Epochs = 12
     """Epochs of a named strategy, all stages together."""
     optimizer: Optimizer = AdamW()
     """For stages that name no other."""

@@ -9,19 +9,27 @@ from __future__ import annotations
 import difflib
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from tlearn.config import Config, CosineWarmRestarts, Section
+from tlearn.config import Config, Section
 from tlearn.errors import TlearnError
+
+_SCALARS = (
+    ("null", r"^(?:~|null|)$", ["~", "n", ""]),
+    ("bool", r"^(?:true|false)$", list("tf")),
+    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", list("-+0123456789")),
+    ("float", r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$", list("-+.0123456789")),
+)
+"""YAML 1.2's reading of plain scalars: `1e-4` is a number, `off` is a word."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's reading of scalars (`1e-4` is a number, `off` is a word), and no key twice."""
+    """Plain options only, and no key twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -35,14 +43,33 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("null", r"^(?:~|null|)$", ["~", "n", ""]),
-    ("bool", r"^(?:true|false)$", list("tf")),
-    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", list("-+0123456789")),
-    ("float", r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$", list("-+.0123456789")),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would not read as the same string."""
+
+
+def _represent_str(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # other styles fold line breaks, of which YAML 1.1 knows more than Python
+    style = '"' if set(text) & set("\n\r\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _represent_str)
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {}
+    for _tag, _pattern, _first in _SCALARS:
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+
+
+def _parse_yaml(text: str) -> Any:
+    """Plain values.
+
+    Raises:
+        ValueError: what is wrong with the text.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(str(error) or type(error).__name__) from None
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *, quick: bool = False) -> Config:
@@ -64,18 +91,26 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
     for key, value in given.items():
         _put(raw, key, value)
     source = f"{path}" if path is not None else "the command line"
-    config = _validate(raw, source, given)
+    explicit = {leaf for key, value in given.items() for leaf in _dict_leaves(key, value)}
+    config = _validate(raw, source, explicit)
+    if "epochs" in explicit and config.stages is not None:
+        raise TlearnError(
+            "the command line: epochs has no effect where stages are listed; set stages.0.epochs, or strategy=NAME "
+            "to make new stages"
+        )
     if not quick:
         return config
     raw = config.model_dump(mode="json", exclude_unset=True)
-    for key, value in _quick_changes(config, given):
-        _put(raw, key, value)
-    return _validate(raw, f"{source} with --quick", given)
+    for key, value in _quick_changes(config):
+        # `stages=[...]` covers `stages.0.epochs`; `stages.0.epochs=2` only itself
+        if not any(key == other or key.startswith(f"{other}.") for other in explicit):
+            _put(raw, key, value)
+    return _validate(raw, f"{source} with --quick", explicit)
 
 
 def dump_config(config: Config) -> str:
     """YAML that `load_config` reads back to an equal Config."""
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
 
 
@@ -100,36 +135,63 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix[:-1], node
 
 
-def _quick_changes(config: Config, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What `--quick` sets: same stages, smaller images, fewer of them, fewer epochs; never what was `given`."""
+def _dict_leaves(key: str, value: Any) -> Iterator[str]:
+    """The options that `key=value` sets: `data={path: x}` sets data.path alone."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _dict_leaves(f"{key}.{name}", inner)
+    else:
+        yield key
+
+
+def _quick_changes(config: Config) -> Iterator[tuple[str, Any]]:
+    """What `--quick` sets: the same stages on fewer and smaller images, shorter, their schedules in proportion."""
     quick = config.quick
-
-    def unless_given(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-        # `stages=[...]` covers `stages.0.epochs`, `stages.0.epochs=2` only itself
-        if not any(key == other or key.startswith(f"{other}.") for other in given):
-            yield key, value
-
-    yield from unless_given("data.image_size", min(config.data.image_size or quick.image_size, quick.image_size))
+    yield "data.image_size", min(config.data.image_size or quick.image_size, quick.image_size)
     for key in ("max_train", "max_val"):
-        yield from unless_given(f"data.{key}", min(getattr(config.data, key) or quick.samples, quick.samples))
+        yield f"data.{key}", min(getattr(config.data, key) or quick.samples, quick.samples)
     if config.stages is None:
-        yield from unless_given("epochs", min(config.epochs, quick.epochs))
+        epochs = min(config.epochs, quick.epochs)
+        yield "epochs", epochs
+        yield from _shortened("schedule", config.schedule, epochs / config.epochs)
         return
-    shrink = min(1.0, quick.epochs / sum(stage.epochs for stage in config.stages))
-    for i, stage in enumerate(config.stages):
-        yield from unless_given(f"stages.{i}.epochs", max(1, round(stage.epochs * shrink)))
+    before = [stage.epochs for stage in config.stages]
+    after = _shares(before, quick.epochs)
+    yield from _shortened("schedule", config.schedule, sum(after) / sum(before))
+    for i, (stage, epochs) in enumerate(zip(config.stages, after, strict=True)):
+        yield f"stages.{i}.epochs", epochs
         if stage.image_size is not None:
-            yield from unless_given(f"stages.{i}.image_size", min(stage.image_size, quick.image_size))
-        if isinstance(stage.schedule, CosineWarmRestarts):
-            yield from unless_given(f"stages.{i}.schedule.t_0", stage.schedule.t_0 * shrink)
+            yield f"stages.{i}.image_size", min(stage.image_size, quick.image_size)
+        if stage.schedule is not None:
+            yield from _shortened(f"stages.{i}.schedule", stage.schedule, epochs / stage.epochs)
+
+
+def _shares(epochs: Sequence[int], total: int) -> list[int]:
+    """`total` epochs shared out in proportion, at least one each; what is shorter already stays as it is."""
+    if sum(epochs) <= total:
+        return list(epochs)
+    shares = [1] * len(epochs)
+    for _ in range(total - len(epochs)):
+        # the stage that is furthest below its share
+        i = max(range(len(epochs)), key=lambda i: epochs[i] / shares[i])
+        shares[i] += 1
+    return shares
+
+
+def _shortened(key: str, schedule: Any, ratio: float) -> Iterator[tuple[str, Any]]:
+    """Everything in a schedule that is measured in epochs."""
+    if ratio < 1:
+        for name in ("warmup_epochs", "step_epochs", "t_0"):
+            if value := getattr(schedule, name, None):
+                yield f"{key}.{name}", value * ratio
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        raw = _parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise TlearnError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise TlearnError(f"{path}: not a valid YAML file: {error}") from None
     if not isinstance(raw, dict | None):
         raise TlearnError(f"{path}: holds a {type(raw).__name__}, not options (`data:`, `model:`, ...)")
@@ -141,8 +203,8 @@ def _parse_override(text: str) -> tuple[str, Any]:
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
         raise TlearnError(f"{text!r} is neither a config file that exists nor an option a.b=c")
     try:
-        return key, yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
+        return key, _parse_yaml(value)
+    except ValueError as error:
         raise TlearnError(f"{key}: the value {value!r} is not valid YAML: {error}") from None
 
 
@@ -166,7 +228,7 @@ def _put(raw: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _position(items: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
+    if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(items):
         raise TlearnError(f"{key}: {part!r} is no position in a list of {len(items)} (0 is the first)")
     return int(part)
 
@@ -182,11 +244,11 @@ def _validate(raw: dict[str, Any], source: str, given: Iterable[str]) -> Config:
 
 def _explain(problem: Any, raw: dict[str, Any], source: str, given: set[str]) -> str:
     """One line: file, key, value, what is allowed, nearest key."""
-    keys, node = [], raw
+    keys: list[str] = []
+    node: Any = raw
     for part in problem["loc"]:
         # pydantic puts the tag of a union ("sgd") into the path: no key of ours
-        inside = part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int)
-        if inside:
+        if part in (node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()):
             keys.append(str(part))
             node = node[part]
         elif part == problem["loc"][-1] and problem["type"] == "missing":
@@ -200,7 +262,7 @@ def _explain(problem: Any, raw: dict[str, Any], source: str, given: set[str]) ->
         hint = " (data.path=FOLDER names the images)" if key == "data" else ""
         return f"{where}: is required{hint}"
     if problem["type"] == "union_tag_not_found":
-        names = [choice.model_fields["name"].default for choice in _sections_in_field(problem["loc"])]
+        names = [kind.model_fields["name"].default for kind in _section_at(problem["loc"])[1]]
         return f"{where}: needs a `name`, one of {', '.join(names)}"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     value = "" if not key or isinstance(problem["input"], dict) else f" = {problem['input']!r}"
@@ -216,31 +278,29 @@ def _explain(problem: Any, raw: dict[str, Any], source: str, given: set[str]) ->
 
 
 def _nearest(loc: Sequence[str | int], keys: Sequence[str]) -> str:
-    """A hint for an unknown key: the closest sibling, else an option of that name elsewhere."""
-    siblings = sorted(_section_at(loc[:-1]).model_fields)
-    if close := difflib.get_close_matches(keys[-1], siblings, n=1):
+    """A hint for an unknown key: the closest sibling, another kind that has it, an option of that name elsewhere."""
+    section, kinds = _section_at(loc[:-1])
+    unknown, siblings = keys[-1], sorted(section.model_fields)
+    if close := difflib.get_close_matches(unknown, siblings, n=1):
         return f"; did you mean {'.'.join([*keys[:-1], close[0]])}?"
-    here = [key for key in keys if not key.isdigit()]
-    elsewhere = sorted({".".join(key) for key in _known_keys(Config) if key[-1] == keys[-1] and [*key] != here})
-    return (
-        f"; did you mean {' or '.join(elsewhere[:3])}?" if elsewhere else f"; options here: {', '.join(siblings)}"
-    )
+    if owners := [kind.model_fields["name"].default for kind in kinds if unknown in kind.model_fields]:
+        return f"; {' and '.join(owners)} has it, {section.model_fields['name'].default} does not"
+    if elsewhere := sorted({".".join(key) for key in _known_keys(Config) if key[-1] == unknown}):
+        return f"; did you mean {' or '.join(elsewhere[:3])}?"
+    return f"; options here: {', '.join(siblings)}"
 
 
-def _section_at(loc: Sequence[str | int]) -> type[Section]:
-    """The options at a pydantic location, in which a union is followed by its tag ("sgd")."""
+def _section_at(loc: Sequence[str | int]) -> tuple[type[Section], list[type[Section]]]:
+    """The options at a pydantic location, and the kinds of its union; there a union is followed by its tag ("sgd")."""
     section: type[Section] = Config
+    kinds: list[type[Section]] = []
     for part in loc:
         if part in section.model_fields:
-            choices = list(_sections_in(section.model_fields[str(part)].annotation))
-            section = choices[0]
+            kinds = list(_sections_in(section.model_fields[str(part)].annotation))
+            section = kinds[0]
         elif isinstance(part, str):
-            section = next(choice for choice in choices if choice.model_fields["name"].default == part)
-    return section
-
-
-def _sections_in_field(loc: Sequence[str | int]) -> list[type[Section]]:
-    return list(_sections_in(_section_at(loc[:-1]).model_fields[str(loc[-1])].annotation))
+            section = next(kind for kind in kinds if kind.model_fields["name"].default == part)
+    return section, kinds
 
 
 def _known_keys(section: type[Section], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

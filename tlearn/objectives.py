@@ -49,7 +49,9 @@ class Supervised(Objective):
     def __init__(self, net: nn.Module, class_weight: torch.Tensor | None, label_smoothing: float) -> None:
         super().__init__()
         self.net, self.label_smoothing = net, label_smoothing
-        self.register_buffer("class_weight", class_weight, persistent=False)
+        self._weight_on_cpu = class_weight  # `weight` must not wait for the device
+        on_device = None if class_weight is None else class_weight.to(_dtype(net))
+        self.register_buffer("class_weight", on_device, persistent=False)
 
     def forward(self, batch: Batch) -> LossSum:
         """Loss and correct answers, summed."""
@@ -63,9 +65,13 @@ class Supervised(Objective):
 
     def weight(self, labels: torch.Tensor) -> float:
         """Sum of the samples' class weights."""
-        if self.class_weight is None:
+        if self._weight_on_cpu is None:
             return float(len(labels))
-        return float(self.class_weight.cpu()[labels].sum())
+        return float(self._weight_on_cpu[labels].sum())
+
+
+def _dtype(net: nn.Module) -> torch.dtype:
+    return next((parameter.dtype for parameter in net.parameters()), torch.float32)
 
 
 def build_objective(config: ObjectiveConfig, net: nn.Module, per_class: torch.Tensor) -> Objective:

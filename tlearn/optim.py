@@ -20,9 +20,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def build_optimizer(
-    config: OptimizerConfig, net: nn.Module, multipliers: Mapping[str, float]
-) -> torch.optim.Optimizer:
+def build_optimizer(config: OptimizerConfig, net: nn.Module, multipliers: Mapping[str, float]) -> torch.optim.Optimizer:
     """An optimizer over the parameters with a multiplier above 0, grouped by multiplier and weight decay.
 
     Every group carries `multiplier`, and `names` in the order of its parameters. Fused: a step that `found_inf`
@@ -35,7 +33,7 @@ def build_optimizer(
             decays = parameter.ndim > 1 and config.weight_decay > 0
             groups.setdefault((multipliers[name], decays), []).append((name, parameter))
     options = config.model_dump(exclude={"name", "weight_decay"})
-    return OPTIMIZERS[config.name](
+    optimizer = OPTIMIZERS[config.name](
         [
             {
                 "params": [parameter for _, parameter in members],
@@ -48,6 +46,13 @@ def build_optimizer(
         fused=True,
         **options,
     )
+    if options.get("momentum"):
+        # torch makes these in the first step: of uninitialised memory if `found_inf` rejects it, and not where other
+        # parameters of the group have theirs already. From zeros the first step comes out the same.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float) -> dict[str, float]:
@@ -69,17 +74,29 @@ def named_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 
 
 def load_named_state(optimizer: torch.optim.Optimizer, state: Mapping[str, torch.Tensor]) -> None:
-    """Put state back by name; parameters without saved state start afresh, saved state of others is left out."""
+    """Put state back by name.
+
+    Parameters without saved state start afresh; state of other parameters, or of another kind of optimizer, is left
+    out.
+    """
+    expected = _state_keys(optimizer)
     by_parameter: dict[str, dict[str, torch.Tensor]] = {}
     for path, value in state.items():
         name, _, key = path.rpartition("/")
         by_parameter.setdefault(name, {})[key] = value
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            for key, value in by_parameter.get(name, {}).items():
+            saved = by_parameter.get(name, {})
+            for key, value in saved.items() if saved.keys() == expected else ():
                 # Adam's `step` is a float32 scalar whatever the parameter's dtype
                 dtype = value.dtype if key == "step" else parameter.dtype
                 optimizer.state[parameter][key] = value.clone().to(parameter.device, dtype)
+
+
+def _state_keys(optimizer: torch.optim.Optimizer) -> set[str]:
+    if isinstance(optimizer, torch.optim.SGD):
+        return {"momentum_buffer"} if optimizer.defaults["momentum"] else set()
+    return {"step", "exp_avg", "exp_avg_sq"}
 
 
 def lr_factor(schedule: ScheduleConfig, epoch: float, epochs: int) -> float:

@@ -13,7 +13,8 @@ from tlearn import checkpoint
 from tlearn.configfile import load_config
 from tlearn.data.decode import UnreadableImageError
 from tlearn.data.loader import Share, eval_loader
-from tlearn.data.scan import Options, open_or_prepare, prepare_cached
+from tlearn.data.plan import Options
+from tlearn.data.prepare import open_or_prepare, prepare_cached
 from tlearn.data.shards import INDEX, Index
 from tlearn.data.transforms import EvalTransform, Preprocessing, normalise
 from tlearn.errors import TlearnError
@@ -44,9 +45,7 @@ class Classifier:
         preprocessing: what it was trained and evaluated with.
     """
 
-    def __init__(
-        self, net: torch.nn.Module, classes: Sequence[str], preprocessing: Preprocessing, runtime: Runtime
-    ):
+    def __init__(self, net: torch.nn.Module, classes: Sequence[str], preprocessing: Preprocessing, runtime: Runtime):
         self.net, self.classes, self.preprocessing, self.runtime = net, tuple(classes), preprocessing, runtime
 
     def predict(self, paths: Sequence[str | Path], topk: int = 5) -> list[Prediction]:

@@ -96,9 +96,7 @@ class Runtime:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "versions": {name: _version(name) for name in _RECORDED},
-            "device": torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda"
-            else str(self.device.type),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device.type),
             "precision": self.precision,
             "world_size": self.world_size,
             "cpu_count": os.cpu_count(),

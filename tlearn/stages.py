@@ -79,9 +79,17 @@ def _share(epochs: int, parts: int) -> list[int]:
 
 
 def expand(config: Config) -> Config:
-    """The config with its stages listed, each with its optimizer, schedule and image size filled in."""
-    stages = config.stages or STRATEGIES[config.strategy](config.epochs)
-    filled = [
+    """The config with its stages listed."""
+    return config.model_copy(update={"stages": config.stages or STRATEGIES[config.strategy](config.epochs)})
+
+
+def filled(config: Config) -> list[Stage]:
+    """The stages, each with its optimizer, schedule and image size: its own or the run's.
+
+    Raises:
+        TlearnError: a warm-up that is longer than its stage.
+    """
+    stages = [
         stage.model_copy(
             update={
                 "optimizer": stage.optimizer or config.optimizer,
@@ -89,9 +97,15 @@ def expand(config: Config) -> Config:
                 "image_size": stage.image_size or config.data.image_size,
             }
         )
-        for stage in stages
+        for stage in expand(config).stages or []
     ]
-    return config.model_copy(update={"stages": filled})
+    for stage in stages:
+        if stage.schedule and stage.schedule.warmup_epochs >= stage.epochs:
+            raise TlearnError(
+                f"stages: {stage.name}: a warm-up of {stage.schedule.warmup_epochs:g} epochs leaves nothing of the "
+                f"stage's {stage.epochs}; shorten schedule.warmup_epochs"
+            )
+    return stages
 
 
 def resolve(stage: Stage, names: Sequence[str], head: str, blocks: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -113,6 +127,10 @@ def resolve(stage: Stage, names: Sequence[str], head: str, blocks: Sequence[Sequ
             raise TlearnError(
                 f"stages: {stage.name}: the rule {pattern!r} matches no parameter{_closest(pattern, names)}"
             )
+        if all(name in multipliers for name in matched) and pattern != stage.train[-1][0]:
+            raise TlearnError(
+                f"stages: {stage.name}: the rule {pattern!r} has no effect: rules before it match the same"
+            )
         for name in matched:
             multipliers.setdefault(name, multiplier)
     if unmatched := [name for name in names if name not in multipliers]:
@@ -125,9 +143,7 @@ def resolve(stage: Stage, names: Sequence[str], head: str, blocks: Sequence[Sequ
     return multipliers
 
 
-def _matches(
-    stage: str, pattern: str, names: Sequence[str], head: str, blocks: Sequence[Sequence[str]]
-) -> list[str]:
+def _matches(stage: str, pattern: str, names: Sequence[str], head: str, blocks: Sequence[Sequence[str]]) -> list[str]:
     if pattern == "head":
         return [name for name in names if name.startswith(f"{head}.")]
     if last := re.fullmatch(r"last:(\d+)", pattern):
@@ -137,7 +153,7 @@ def _matches(
         return [name for block in blocks[-n:] for name in block]
     try:
         return [name for name in names if re.match(pattern, name)]
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         raise TlearnError(f"stages: {stage}: {pattern!r} is no regular expression: {error}") from None
 
 

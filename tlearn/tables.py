@@ -62,9 +62,7 @@ def show_result(folder: Path, result: Mapping[str, Any]) -> None:
     show_scores(result)
     best = result["best"]
     show(f"best epoch {best['epoch'] + 1} (stage {best['stage']}), chosen on val")
-    show(
-        f"{result['steps']:,} steps in {result['seconds']:.0f} s, {result['train_images_per_s']} training images/s"
-    )
+    show(f"{result['steps']:,} steps in {result['seconds']:.0f} s, {result['train_images_per_s']} training images/s")
     show(f"run folder: {folder}")
 
 

@@ -15,8 +15,11 @@ Row = dict[str, Any]
 class Sink(Protocol):
     """Takes rows of metrics."""
 
-    def log(self, row: Row) -> None: ...
-    def close(self) -> None: ...
+    def log(self, row: Row) -> None:
+        """Take a row."""
+
+    def close(self) -> None:
+        """Finish; nothing is logged after this."""
 
 
 class JsonLines:
@@ -30,13 +33,17 @@ class JsonLines:
                 if not line.endswith("\n") or json.loads(line)["step"] > step:
                     break
                 kept.append(line)
-        path.write_text("".join(kept), encoding="utf-8")
+        whole = path.with_name(f".{path.name}.part")
+        whole.write_text("".join(kept), encoding="utf-8")
+        whole.rename(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def log(self, row: Row) -> None:
+        """Append a line."""
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
@@ -65,11 +72,13 @@ class WandB:
         self.id: str = self._run.id
 
     def log(self, row: Row) -> None:
+        """Send the numbers of a row, rates as `lr/MULTIPLIER`."""
         flat = {key: value for key, value in row.items() if isinstance(value, int | float)}
         flat |= {f"lr/{name}": value for name, value in row.get("lr", {}).items()}
         self._run.log(flat)
 
     def close(self) -> None:
+        """Finish the W&B run."""
         self._run.finish()
 
 

@@ -13,7 +13,7 @@ from tlearn.checkpoint import Progress
 from tlearn.config import Config
 from tlearn.console import show
 from tlearn.data.loader import Loader, Share, eval_loader
-from tlearn.data.scan import open_or_prepare
+from tlearn.data.prepare import open_or_prepare
 from tlearn.data.shards import Index, Split
 from tlearn.engine import Run, run_stage
 from tlearn.errors import StoppedBySignalError, TlearnError
@@ -22,7 +22,7 @@ from tlearn.folder import Resume, RunFolder, new_path, write_json
 from tlearn.models.build import Model, build_model
 from tlearn.objectives import build_objective
 from tlearn.runtime import Runtime, start
-from tlearn.stages import expand, resolve
+from tlearn.stages import expand, filled, resolve
 from tlearn.tables import show_result, show_stages
 from tlearn.tracking import Tracker
 
@@ -49,7 +49,7 @@ def train(config: Config, folder: str | Path | None = None, *, resume: Resume = 
     share = _share(config, runtime)
     model = build_model(config, len(index.classes), runtime.dtype)
     config = _resolved(config, model, runtime)
-    stages = config.stages or []
+    stages = filled(config)
     sizes = {name: parameter.numel() for name, parameter in model.net.named_parameters()}
     plan = [resolve(stage, list(sizes), model.head, model.blocks) for stage in stages]
 

@@ -95,9 +95,7 @@ class _Positions:
 class MicroBatches(Dataset[Any]):
     """Map-style data set from a Position to tensors; lives in the loader workers."""
 
-    def __init__(
-        self, split: Split, order: Order, transform: Transform, share: Share, seed: int, size_px: int
-    ) -> None:
+    def __init__(self, split: Split, order: Order, transform: Transform, share: Share, seed: int, size_px: int) -> None:
         self.split, self.order, self.transform, self.share = split, order, transform, share
         self.seed, self.size_px = seed, size_px
 
@@ -222,9 +220,7 @@ def train_loader(
     """Augmented images in a shuffled order, both functions of (seed, epoch)."""
     transform = TrainTransform(preprocessing, augment.scale, augment.ratio, augment.hflip)
     order = ShuffledOrder(split.shard_sizes(), seed)
-    return Loader(
-        split, order, transform, preprocessing, share, seed=seed, device=device, dtype=dtype, workers=workers
-    )
+    return Loader(split, order, transform, preprocessing, share, seed=seed, device=device, dtype=dtype, workers=workers)
 
 
 def eval_loader(
@@ -238,6 +234,4 @@ def eval_loader(
 ) -> Loader:
     """Every image once, as it is, in the order of the shards."""
     transform, order = EvalTransform(preprocessing), SequentialOrder(len(split))
-    return Loader(
-        split, order, transform, preprocessing, share, seed=0, device=device, dtype=dtype, workers=workers
-    )
+    return Loader(split, order, transform, preprocessing, share, seed=0, device=device, dtype=dtype, workers=workers)

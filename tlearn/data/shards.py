@@ -200,9 +200,7 @@ def write_split(root: Path, name: str, samples: Iterable[Sample], shard_bytes: i
     ) as writer:
         for sample in samples:
             about = {"class": sample.class_name, "file": sample.file}
-            writer.write(
-                {"__key__": sample.key, sample.ending: sample.data, "cls": str(sample.label), "json": about}
-            )
+            writer.write({"__key__": sample.key, sample.ending: sample.data, "cls": str(sample.label), "json": about})
     paths = sorted(root.glob(f"{name}-*.tar"))
     tables = [_table_of(path, number) for number, path in enumerate(paths)]
     rows = np.concatenate([np.empty(0, dtype=SAMPLE), *tables])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,12 @@ _TORCHVISION_BLOCK = re.compile(
     r"layer\d+|trunk_output\.block\d+|features\.(?:denseblock)?\d+|encoder\.layers\.encoder_layer_\d+"
     r"|blocks\.\d+|stage\d+|layers\.\d+"
 )
+
+
+# their auxiliary classifiers would make training return several outputs
+_TORCHVISION_OPTIONS: dict[str, dict[str, bool]] = {
+    name: {"aux_logits": False, "init_weights": False} for name in ("googlenet", "inception_v3")
+}
 
 
 class Backbone(NamedTuple):
@@ -128,8 +135,8 @@ def _build_torchvision(
     if weights is not None:
         show(f"loading the weights of torchvision:{model}.{weights.name} (from the hub unless they are cached)")
     try:
-        net = torchvision.models.get_model(model, weights=weights)
-    except OSError as error:
+        net = torchvision.models.get_model(model, weights=weights, **_TORCHVISION_OPTIONS.get(model, {}))
+    except (OSError, RuntimeError, HTTPException) as error:
         raise TlearnError(_out_of_reach(f"torchvision:{model}", error)) from None
     if not names:
         preprocessing = Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tlearn.config import Config
 from tlearn.data.transforms import Preprocessing
+from tlearn.errors import TlearnError
 from tlearn.models.backbones import blocks_of, build_backbone, check_input, full_name, last_linear
 
 
@@ -37,10 +38,11 @@ class Model:
         for name, parameter in self.net.named_parameters():
             parameter.requires_grad_(multipliers[name] > 0)
             parameter.grad = None
+        frozen = set(_frozen_modules(self.net))
         self._eval_modules = [
             module
             for module in self.net.modules()
-            if _is_frozen(module) or (self.batch_norm_frozen and isinstance(module, _BatchNorm))
+            if module in frozen or (self.batch_norm_frozen and isinstance(module, _BatchNorm))
         ]
 
     def train(self) -> None:
@@ -50,9 +52,19 @@ class Model:
             module.eval()
 
 
-def _is_frozen(module: nn.Module) -> bool:
-    parameters = list(module.parameters())
-    return bool(parameters) and not any(p.requires_grad for p in parameters)
+def _frozen_modules(net: nn.Module) -> Iterator[nn.Module]:
+    """Modules with frozen parameters only, and those without parameters (dropout, say) in front of such a one."""
+    frozen_next = False
+    for module in reversed(list(net.modules())):
+        parameters = list(module.parameters())
+        if parameters:
+            frozen = not any(p.requires_grad for p in parameters)
+            if next(module.children(), None) is None:
+                frozen_next = frozen
+        else:
+            frozen = frozen_next
+        if frozen:
+            yield module
 
 
 def build_model(config: Config, classes: int, dtype: torch.dtype) -> Model:
@@ -79,10 +91,18 @@ def build_model(config: Config, classes: int, dtype: torch.dtype) -> Model:
 
 
 def replace_head(net: nn.Module, classes: int) -> str:
-    """Put a zero Linear for `classes` in place of the last Linear; returns its name."""
+    """Put a zero Linear for `classes` in place of the last Linear; returns its name.
+
+    Raises:
+        TlearnError: the model has no Linear, or two classifiers.
+    """
     head = last_linear(net)
     old = net.get_submodule(head)
     assert isinstance(old, nn.Linear)
+    shape = old.weight.shape
+    twins = [n for n, m in net.named_modules() if isinstance(m, nn.Linear) and m.weight.shape == shape and n != head]
+    if twins:
+        raise TlearnError(f"model.backbone: has two classifiers, {twins[-1]} and {head}; choose a model with one")
     new = nn.Linear(old.in_features, classes)
     nn.init.zeros_(new.weight)
     nn.init.zeros_(new.bias)

