@@ -464,7 +464,7 @@ def test_quick_on_absurdly_many_epochs_is_still_short(file: MakeFile) -> None:
 # dump and compare
 
 numbers = st.floats(1e-8, 1e3)
-words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
 optimizers = st.one_of(
     st.builds(dict, name=st.just("sgd"), lr=numbers, momentum=st.floats(0, 0.99)),
     st.builds(dict, name=st.sampled_from(["adam", "adamw"]), lr=numbers, weight_decay=numbers),
