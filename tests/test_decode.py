@@ -54,9 +54,7 @@ def png_header(width: int, height: int) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
 def decode_like_a_transform(data: bytes) -> Image.Image:
@@ -136,9 +134,7 @@ def test_the_orientation_is_applied_once() -> None:
 )
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow's remarks on such blocks
-def test_a_rotated_picture_survives_nonsense_in_its_exif_block(
-    format: str, entry: tuple[int, int, int, bytes]
-) -> None:
+def test_a_rotated_picture_survives_nonsense_in_its_exif_block(format: str, entry: tuple[int, int, int, bytes]) -> None:
     rotated = (0x0112, 3, 1, b"\x06\0\0\0")
     block = exif_block(*sorted([rotated, entry]))
     stored = Image.fromarray(np.ascontiguousarray(STORED_AS[6](UPRIGHT)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from pictures import encode, noise
 
 from tlearn.config import Augment
+from tlearn.data import loader
 from tlearn.data.loader import Batch, Loader, Share, eval_loader, train_loader
 from tlearn.data.order import batch_range
 from tlearn.data.shards import Sample, Split, read_index, write_index, write_split
@@ -127,9 +129,7 @@ def test_workers_make_the_batches_that_one_process_makes(split: Split, workers: 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_ranks_and_pieces_make_up_the_batch_of_a_single_process(
-    split: Split, world_size: int, accumulate: int
-) -> None:
+def test_ranks_and_pieces_make_up_the_batch_of_a_single_process(split: Split, world_size: int, accumulate: int) -> None:
     whole = take(training(split), 0, 4)
     ranks = [
         take(training(split, rank=rank, world_size=world_size, accumulate=accumulate), 0, 4)
@@ -211,11 +211,12 @@ def test_more_pieces_than_samples_are_legal(split: Split) -> None:
 
 @pytest.mark.usefixtures("no_worker_stays")
 def test_breaking_off_leaves_no_worker_behind(split: Split) -> None:
+    before = set(psutil.Process().children())
     with training(split, workers=2).steps(0, 10_000) as steps:
         next(steps)
-        workers = [p for p in psutil.Process().children() if p.is_running()]
-        assert len(workers) >= 2
-    assert not set(workers) & set(psutil.Process().children()), "gone, although `steps` is still referred to"
+        workers = set(psutil.Process().children()) - before
+        assert len(workers) == 2
+    assert not workers & set(psutil.Process().children()), "gone, although `steps` is still referred to"
     del steps
 
     def fail() -> None:
@@ -227,17 +228,25 @@ def test_breaking_off_leaves_no_worker_behind(split: Split) -> None:
         fail()
 
 
-@pytest.mark.usefixtures("no_worker_stays")
-def test_workers_die_with_a_process_that_is_killed(split: Split) -> None:
+def _lives(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _workers_left_by_a_killed_process(split: Split, batches: int) -> list[int]:
+    """Start two workers in a process, take some batches, kill the process; which workers live 2 s later."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             with training(split, workers=2).steps(0, 10_000) as steps:
-                next(steps)
+                for _ in range(batches):
+                    next(steps)
                 workers = [p.pid for p in psutil.Process().children()]
                 os.write(write_end, (" ".join(map(str, workers)) + "\n").encode())
-                os.kill(os.getpid(), 9)
+                os.kill(os.getpid(), signal.SIGKILL)
         finally:
             os._exit(1)
     os.waitpid(child, 0)
@@ -246,9 +255,26 @@ def test_workers_die_with_a_process_that_is_killed(split: Split) -> None:
         workers = [int(pid) for pid in file.readline().split()]
     assert len(workers) == 2
     end = time.monotonic() + 2  # torch's own check is every 5 s
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in workers):
-        assert time.monotonic() < end
+    while (left := [pid for pid in workers if _lives(pid)]) and time.monotonic() < end:
         time.sleep(0.02)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    return left
+
+
+def test_workers_die_with_a_process_that_is_killed(split: Split) -> None:
+    assert _workers_left_by_a_killed_process(split, batches=2) == []
+
+
+def test_workers_that_were_just_being_started_die_with_it_too(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loader._init_worker
+
+    def late(worker: int) -> None:
+        time.sleep(0.5 * worker)  # the second starts after the end
+        real(worker)
+
+    monkeypatch.setattr(loader, "_init_worker", late)
+    assert _workers_left_by_a_killed_process(split, batches=1) == []
 
 
 @pytest.mark.usefixtures("no_worker_stays")

@@ -62,9 +62,7 @@ def test_epochs_may_be_asked_for_in_any_order() -> None:
 
 
 def test_the_order_is_another_one_in_every_epoch_and_with_every_seed() -> None:
-    orders = {
-        tuple(ShuffledOrder([4] * 20, seed)(epoch, 0, 80).tolist()) for seed in range(8) for epoch in range(8)
-    }
+    orders = {tuple(ShuffledOrder([4] * 20, seed)(epoch, 0, 80).tolist()) for seed in range(8) for epoch in range(8)}
     assert len(orders) == 64
 
 

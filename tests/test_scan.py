@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ import pytest
 from pictures import encode, noise, photo, pixels, read_with_webdataset, write_images
 from PIL import Image
 
+from tlearn.data import prepare as prepare_module
 from tlearn.data import scan
-from tlearn.data.scan import Options, open_or_prepare, prepare, prepare_cached
+from tlearn.data.plan import Options
+from tlearn.data.prepare import open_or_prepare, prepare, prepare_cached
 from tlearn.data.shards import Index, read_index
 from tlearn.errors import TlearnError
 
@@ -51,13 +53,14 @@ def files_of(index: Index, split: str) -> dict[str, str]:
     return {json.loads(s["json"])["file"]: json.loads(s["json"])["class"] for s in samples}
 
 
-ON_ALL_CORES = scan._on_all_cores
+ON_ALL_CORES = scan.on_all_cores
 
 
 @pytest.fixture(autouse=True)
 def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """Starting processes takes longer than reading small pictures."""
-    monkeypatch.setattr(scan, "_on_all_cores", map)
+    for module in (scan, prepare_module):
+        monkeypatch.setattr(module, "on_all_cores", map)
 
 
 @pytest.fixture
@@ -431,7 +434,8 @@ def test_all_cores_find_what_one_finds(tmp_path: Path, monkeypatch: pytest.Monke
     source = write_images(tmp_path / "source", {"cat": 40, "dog": 40}, side=20)
     (source / "cat" / "broken.png").write_bytes(b"no")
     prepare(source, tmp_path / "one", Options(max_side=16))
-    monkeypatch.setattr(scan, "_on_all_cores", ON_ALL_CORES)
+    for module in (scan, prepare_module):
+        monkeypatch.setattr(module, "on_all_cores", ON_ALL_CORES)
     prepare(source, tmp_path / "many", Options(max_side=16))
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
@@ -478,7 +482,7 @@ def test_preparing_again_does_nothing(source: Path, tmp_path: Path, monkeypatch:
         raise AssertionError("an image was opened")
 
     monkeypatch.setattr(scan, "_examine", never)
-    monkeypatch.setattr(scan, "_content", never)
+    monkeypatch.setattr(prepare_module, "_content", never)
     assert prepare(source, out).fingerprint == first.fingerprint
     assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before
 
@@ -497,7 +501,8 @@ def test_preparing_into_other_data_is_refused_and_leaves_it_alone(source: Path, 
 
 def _interrupt_after(monkeypatch: pytest.MonkeyPatch, function: str, n: int) -> list[str]:
     """Ctrl-C after n calls; returns the list of files that it was called with."""
-    real, calls = getattr(scan, function), []
+    module = scan if hasattr(scan, function) else prepare_module
+    real, calls = getattr(module, function), []
 
     def interrupted(*args: Any) -> Any:
         if len(calls) == n:
@@ -505,13 +510,11 @@ def _interrupt_after(monkeypatch: pytest.MonkeyPatch, function: str, n: int) -> 
         calls.append(args[-1].file)
         return real(*args)
 
-    monkeypatch.setattr(scan, function, interrupted)
+    monkeypatch.setattr(module, function, interrupted)
     return calls
 
 
-def test_an_interrupted_run_goes_on_where_it_was(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_goes_on_where_it_was(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = prepare(source, tmp_path / "straight")
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -526,9 +529,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert names(tmp_path) == ["out", "source", "straight"]
 
 
-def test_a_run_cut_off_twice_keeps_what_both_did(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_cut_off_twice_keeps_what_both_did(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first time in the middle of a line of the journal."""
     out, journal = tmp_path / "out", tmp_path / "out.partial" / "scan.jsonl"
     for n in (6, 7):
@@ -776,16 +777,25 @@ def test_a_folder_of_the_user_that_is_called_partial_survives_an_error(source: P
     assert contents(tmp_path / "out.partial") == {"thesis.tex": b"mine"}
 
 
+def test_a_folder_of_the_user_that_is_called_partial_survives_preparing_again(source: Path, tmp_path: Path) -> None:
+    prepare(source, tmp_path / "out")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.tex").write_text("mine")
+    with suppress(TlearnError):
+        prepare(source, tmp_path / "out")
+    assert contents(tmp_path / "out.partial") == {"thesis.tex": b"mine"}
+
+
 def test_a_file_that_changes_while_it_is_prepared_is_noticed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = scan._content
+    real = prepare_module._content
 
     def late(*args: Any) -> Any:
         (source / "dog" / "005.png").write_bytes(encode(noise(77), "PNG"))
         return real(*args)
 
-    monkeypatch.setattr(scan, "_content", late)
+    monkeypatch.setattr(prepare_module, "_content", late)
     with pytest.raises(TlearnError, match=r"dog/005\.png: changed while it was being prepared; start again"):
         prepare(source, tmp_path / "out")
 

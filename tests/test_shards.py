@@ -202,9 +202,7 @@ def _other_format(root: Path) -> None:
         (_other_format, r"index\.json: format None version None, this tlearn reads"),
     ],
 )
-def test_data_that_is_not_what_was_written_is_refused(
-    data: Path, damage: Callable[[Path], None], message: str
-) -> None:
+def test_data_that_is_not_what_was_written_is_refused(data: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(data)
     with pytest.raises(TlearnError, match=message):
         read_index(data)
@@ -266,9 +264,7 @@ def split_of(labels: Sequence[int], shards: int = 3) -> Split:
 
 @settings(max_examples=80, deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=80), st.integers(0, 90), st.integers(0, 5))
-def test_a_balanced_part_is_as_even_as_its_limit_and_classes_allow(
-    labels: list[int], limit: int, seed: int
-) -> None:
+def test_a_balanced_part_is_as_even_as_its_limit_and_classes_allow(labels: list[int], limit: int, seed: int) -> None:
     whole = split_of(labels)
     part = whole.balanced(limit, seed)
     assert len(part) == min(limit, len(labels))

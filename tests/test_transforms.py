@@ -225,9 +225,7 @@ def test_training_crops_of_a_padded_picture_may_show_the_border_and_squashed_one
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 @pytest.mark.parametrize("size_px", [32, 64])
 @pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
-def test_decoding_for_the_crop_shows_what_decoding_everything_shows(
-    fit: Fit, size_px: int, orientation: int
-) -> None:
+def test_decoding_for_the_crop_shows_what_decoding_everything_shows(fit: Fit, size_px: int, orientation: int) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     jpeg = encode(photo(), "JPEG", quality=95, exif=exif.tobytes())
