@@ -234,8 +234,7 @@ def test_a_binary_file_is_refused_by_name(tmp_path: Path, content: bytes) -> Non
 
 def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path: Path) -> None:
     assert (
-        complaint(path=tmp_path / "none.yaml")
-        == f"{tmp_path / 'none.yaml'}: cannot be read: No such file or directory"
+        complaint(path=tmp_path / "none.yaml") == f"{tmp_path / 'none.yaml'}: cannot be read: No such file or directory"
     )
     assert complaint(path=tmp_path).startswith(f"{tmp_path}: cannot be read")
 
@@ -312,9 +311,7 @@ def test_the_options_of_quick_rule_what_quick_does() -> None:
 
 def test_an_override_reaches_into_lists(file: MakeFile) -> None:
     path = file(THREE_STAGES)
-    config = load_config(
-        path, ["stages.1.epochs=7", "stages.1.train.0.1=0.5", "stages.2.optimizer={name: sgd, lr: 1}"]
-    )
+    config = load_config(path, ["stages.1.epochs=7", "stages.1.train.0.1=0.5", "stages.2.optimizer={name: sgd, lr: 1}"])
 
     assert config.stages is not None
     assert [s.epochs for s in config.stages] == [2, 7, 8]
@@ -566,11 +563,7 @@ others = [
 ]
 keys = st.sampled_from([*sections, *leaves, *others])
 values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.sampled_from(["sgd", "cosine", "scratch", "head", ""]),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["sgd", "cosine", "scratch", "head", ""]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
@@ -580,12 +573,8 @@ values = st.recursive(
     max_leaves=8,
 )
 tokens = st.lists(
-    st.sampled_from(
-        ["data", "stages", "path", "!!int", "!!map", "!!float", "[", "]", "{", "}", ":", ",", " ", "\n"]
-    )
-    | st.sampled_from(
-        ["&a", "*a", "-", "?", "|", ">", "'", '"', "%", "@", "<<", "1e9", "0", "\n  ", "---", "!", "~"]
-    ),
+    st.sampled_from(["data", "stages", "path", "!!int", "!!map", "!!float", "[", "]", "{", "}", ":", ",", " ", "\n"])
+    | st.sampled_from(["&a", "*a", "-", "?", "|", ">", "'", '"', "%", "@", "<<", "1e9", "0", "\n  ", "---", "!", "~"]),
     max_size=25,
 ).map("".join)
 

@@ -269,9 +269,9 @@ def test_workers_die_with_a_process_that_is_killed(split: Split) -> None:
 def test_workers_that_were_just_being_started_die_with_it_too(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     real = loader._init_worker
 
-    def late(worker: int) -> None:
+    def late(trainer: int, worker: int) -> None:
         time.sleep(0.5 * worker)  # the second starts after the end
-        real(worker)
+        real(trainer, worker)
 
     monkeypatch.setattr(loader, "_init_worker", late)
     assert _workers_left_by_a_killed_process(split, batches=1) == []

@@ -441,9 +441,7 @@ def trained_state(classes: int = 5) -> dict[str, torch.Tensor]:
     """Of a test_resnet, every tensor different from any initial value."""
     generator = torch.Generator().manual_seed(3)
     state = timm.create_model("test_resnet", num_classes=classes).state_dict()
-    return {
-        k: torch.rand(v.shape, generator=generator) if v.is_floating_point() else v + 7 for k, v in state.items()
-    }
+    return {k: torch.rand(v.shape, generator=generator) if v.is_floating_point() else v + 7 for k, v in state.items()}
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.pt", "w.bin"])

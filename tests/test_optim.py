@@ -59,9 +59,7 @@ def our_factors(schedule: ScheduleConfig, steps_per_epoch: int, epochs: int) -> 
 def test_warm_restarts_in_whole_epochs_are_those_of_torch(t_0: int, t_mult: int, steps_per_epoch: int) -> None:
     schedule = CosineWarmRestarts(t_0=t_0, t_mult=t_mult, min_lr_ratio=0.05)
     expected = torch_factors(
-        lambda o: lr_scheduler.CosineAnnealingWarmRestarts(
-            o, T_0=t_0 * steps_per_epoch, T_mult=t_mult, eta_min=0.05
-        ),
+        lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=t_0 * steps_per_epoch, T_mult=t_mult, eta_min=0.05),
         9 * steps_per_epoch,
     )
 
@@ -70,9 +68,7 @@ def test_warm_restarts_in_whole_epochs_are_those_of_torch(t_0: int, t_mult: int,
 
 
 @pytest.mark.parametrize("t_mult", [1, 2])
-@pytest.mark.parametrize(
-    ("t_0", "steps_per_epoch"), [(0.5, 6), (0.5, 2), (1.5, 4), (0.1, 10), (0.3, 10), (1 / 3, 3)]
-)
+@pytest.mark.parametrize(("t_0", "steps_per_epoch"), [(0.5, 6), (0.5, 2), (1.5, 4), (0.1, 10), (0.3, 10), (1 / 3, 3)])
 def test_warm_restarts_of_a_part_of_an_epoch_are_those_of_torch_in_steps(
     t_0: float, steps_per_epoch: int, t_mult: int
 ) -> None:
@@ -360,9 +356,7 @@ def test_a_stage_that_trains_more_goes_on_from_the_one_before(before: str, after
     step(net, second, 1)
     step(net, second, 2)
 
-    assert all(
-        bits_of(net)[name] != weights[name] for name in weights if name != "0.bias"
-    )  # 0.bias: norm behind it
+    assert all(bits_of(net)[name] != weights[name] for name in weights if name != "0.bias")  # 0.bias: norm behind it
     assert all(torch.isfinite(p).all() for p in net.parameters())
 
 

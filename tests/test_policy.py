@@ -105,9 +105,7 @@ def test_modules_of_a_package_import_only_those_before_them(package: str) -> Non
 
 
 def test_init_files_below_the_root_are_empty() -> None:
-    assert [
-        path for path in FILES if path.name == "__init__.py" and path.parent != ROOT and path.stat().st_size
-    ] == []
+    assert [path for path in FILES if path.name == "__init__.py" and path.parent != ROOT and path.stat().st_size] == []
 
 
 def test_config_imports_the_standard_library_and_pydantic_only() -> None:

@@ -176,9 +176,7 @@ def test_an_invalid_regular_expression_is_an_error(pattern: str) -> None:
 @given(
     rules=st.lists(
         st.tuples(
-            st.sampled_from(
-                ["head", "last:1", "last:2", "last:4", "layer1", "stem", ".*", ".*bn", "fc", "x", "last:9"]
-            )
+            st.sampled_from(["head", "last:1", "last:2", "last:4", "layer1", "stem", ".*", ".*bn", "fc", "x", "last:9"])
             | st.text(max_size=6),
             st.sampled_from([0.0, 0.1, 1.0]),
         ),

@@ -39,9 +39,7 @@ def rows(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in row.items() if key not in SPEED}
-        for row in lines
-        if kind in (None, row["kind"])
+        {key: value for key, value in row.items() if key not in SPEED} for row in lines if kind in (None, row["kind"])
     ]
 
 
@@ -122,6 +120,7 @@ def test_the_best_epoch_is_what_is_scored_at_the_end(tiny: MakeConfig, tmp_path:
     assert result["val"]["loss"] == pytest.approx(epochs[top1.index(max(top1))]["val/loss@32"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_recorded_config_repeats_the_run_bit_for_bit(tiny: MakeConfig, tmp_path: Path) -> None:
     train(tiny("strategy=staged", "epochs=3", "seed=5", "batch.micro=13"), tmp_path / "a")
     train(load_config(tmp_path / "a" / "config.yaml"), tmp_path / "b")
@@ -138,9 +137,8 @@ def whole(request: pytest.FixtureRequest, photos: Path, tmp_path_factory: pytest
     return folder
 
 
-@pytest.mark.parametrize(
-    "step", [3, 7, 16, 33], ids=["first epoch", "end of an epoch", "second stage", "another size"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 7, 16, 33], ids=["first epoch", "end of an epoch", "second stage", "another size"])
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     whole: Path, tmp_path: Path, send_at_step: Callable[[int, int], None], step: int
 ) -> None:
@@ -155,6 +153,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     assert_same_run(whole, tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_its_newest_rows_and_checkpoint_writes_them_again(
     tiny: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +183,7 @@ def test_a_run_that_lost_its_newest_rows_and_checkpoint_writes_them_again(
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_accumulation_and_workers_change_neither_batches_nor_losses(tiny: MakeConfig, tmp_path: Path) -> None:
     base = ("strategy=full", "epochs=1", "precision=fp64", "batch.size=31", "objective.class_weight=inverse")
     train(tiny(*base), tmp_path / "a")

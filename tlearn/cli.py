@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 bad input or configuration, 75 stopped by a signal with ev
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from enum import StrEnum
@@ -151,11 +152,14 @@ def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
 
 
 def _print_json(document: Any) -> None:
-    typer.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
+    typer.echo(json.dumps(document, allow_nan=False))
 
 
 def main() -> None:
     """Run a command; errors that people can mend become one message and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a file name may be anything
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except TlearnError as error:

@@ -32,7 +32,7 @@ def show(message: RenderableType) -> None:
     if _log is not None:
         plain = Console(file=io.StringIO(), width=120, highlight=False)
         plain.print(message, markup=False, soft_wrap=isinstance(message, str))
-        with _log.open("a", encoding="utf-8") as file:
+        with _log.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(plain.file.getvalue())  # type: ignore[attr-defined]
 
 

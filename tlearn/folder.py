@@ -90,7 +90,7 @@ def new_path(config: Config) -> Path:
 
 def write_json(path: Path, content: Any) -> None:
     """Readable JSON, whole or not at all."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

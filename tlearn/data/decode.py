@@ -6,7 +6,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tlearn.errors import TlearnError
 
@@ -15,7 +15,18 @@ FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bm
 _PLUGINS = tuple(name for name in FORMATS if name != "MPO")  # a JPEG with more behind it: the JPEG plug-in opens it
 BACKGROUND = (255, 255, 255)
 """RGB that shows through transparent pixels, and fills the border of `data.fit: pad`."""
-_ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+TO_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what undoes it."""
+SIDEWAYS = (5, 6, 7, 8)
+"""Orientations that swap width and height."""
 
 
 class UnreadableImageError(TlearnError):
@@ -42,43 +53,51 @@ def open_image(data: bytes) -> Image.Image:
         raise UnreadableImageError(f"broken header: {error or type(error).__name__}") from None
 
 
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none or it makes no sense."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # broken EXIF blocks are common and do not make the pixels unreadable
+        return 1
+    return orientation if orientation in TO_UPRIGHT else 1
+
+
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) in px once the EXIF orientation is applied."""
-    return image.size[::-1] if _orientation(image) in _ROTATED else image.size
+    return image.size[::-1] if orientation_of(image) in SIDEWAYS else image.size
 
 
 def load_rgb(image: Image.Image, cover: tuple[float, float] | None = None) -> Image.Image:
-    """Decode an opened image to upright RGB, transparency over BACKGROUND.
+    """Decode an opened image to upright RGB, transparency over BACKGROUND; arguments and errors as `load_as_stored`."""
+    orientation = orientation_of(image)
+    if cover is not None and orientation in SIDEWAYS:
+        cover = cover[::-1]
+    rgb = load_as_stored(image, cover)
+    upright = rgb.transpose(TO_UPRIGHT[orientation]) if orientation in TO_UPRIGHT else rgb
+    upright.info.clear()  # nobody shall turn it once more
+    return upright
+
+
+def load_as_stored(image: Image.Image, cover: tuple[float, float] | None = None) -> Image.Image:
+    """Decode an opened image to RGB, transparency over BACKGROUND, in the orientation in which it is stored.
 
     Args:
         image: what `open_image` returned; used up.
-        cover: upright (width, height) in px that is enough: a JPEG is decoded at the smallest DCT scale that is
-            not below it (1/1, 1/2, 1/4, 1/8), which is several times faster for large photos.
+        cover: (width, height) in px that is enough: a JPEG is decoded at the smallest DCT scale that is not below it
+            (1/1, 1/2, 1/4, 1/8), which is several times faster for large photos.
 
     Raises:
         UnreadableImageError: truncated or broken pixel data.
     """
-    orientation = _orientation(image)
     try:
         if cover is not None:
-            width, height = cover[::-1] if orientation in _ROTATED else cover
-            image.draft(None, (max(1, int(width)), max(1, int(height))))
+            image.draft(None, (max(1, int(cover[0])), max(1, int(cover[1]))))
         image.load()
-        rgb = _to_rgb(image)
+        return _to_rgb(image)
     except Exception as error:  # a malformed file raises whatever its plug-in happens to raise
         raise UnreadableImageError(f"cannot be decoded: {error or type(error).__name__}") from None
-    if orientation != 1:
-        rgb.getexif()[ExifTags.Base.Orientation] = orientation
-        ImageOps.exif_transpose(rgb, in_place=True)
-    return rgb
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # broken EXIF blocks are common and do not make the pixels unreadable
-        return 1
-    return orientation if orientation in range(1, 9) else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -12,6 +12,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -173,7 +174,7 @@ class Loader:
             sampler=positions,
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_init_worker,
+            worker_init_fn=partial(_init_worker, os.getpid()),
             prefetch_factor=4 if workers else None,
         )
         batches = iter(loader)
@@ -195,7 +196,7 @@ class Loader:
         return Batch(normalise(images, self.preprocessing, self.dtype), labels, keys, global_labels)
 
 
-def _init_worker(worker: int) -> None:
+def _init_worker(trainer: int, worker: int) -> None:
     """Workers leave signals to the training process, die with it, and use one core each."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
@@ -203,6 +204,8 @@ def _init_worker(worker: int) -> None:
     if hasattr(os, "sched_getaffinity"):  # Linux
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != trainer:  # it died before the line above
+            os._exit(1)
     torch.set_num_threads(1)
 
 

@@ -58,6 +58,9 @@ class ShuffledOrder:
         self._plan = lru_cache(maxsize=2)(self._make_plan)
         self._window = lru_cache(maxsize=2)(self._make_window)
 
+    def __reduce__(self) -> tuple[type[ShuffledOrder], tuple[Array, int]]:
+        return ShuffledOrder, (self.sizes, self.seed)  # without the caches, which cannot be pickled
+
     def __len__(self) -> int:
         return int(self.starts[-1])
 

@@ -56,13 +56,15 @@ class Plan:
         found: list[Found],
         examined: dict[str, Examined],
         stray: dict[str, str],
+        folders: list[str],
         options: Options,
     ) -> None:
         self.quarantined = dict(stray)
         self.duplicates: list[dict[str, str]] = []
         self.leaks: list[dict[str, Any]] = []
         self.accepted: list[Accepted] = []
-        self.all_classes = sorted({f.class_name for f in found})
+        self.all_classes = sorted({f.class_name for f in found} | set(folders))
+        self._with_files = {f.class_name for f in found}
         by_content: dict[str, list[Found]] = defaultdict(list)
         for f in found:
             if reason := examined[f.file].reason:
@@ -103,7 +105,7 @@ class Plan:
             name = empty[0]
             why = next(
                 (f"{file}: {why}" for file, why in self.quarantined.items() if name in file.split("/")[:-1]),
-                "every image also has another label",
+                "its folder is empty" if name not in self._with_files else "every image also has another label",
             )
             raise TlearnError(
                 f"{source}: class {name!r} has no usable image ({why}); mend its files or remove the folder"
@@ -176,11 +178,11 @@ def _split(members: list[Found], examined: dict[str, Examined], given: set[str |
     for name, fraction in (("test", options.test), ("val", options.val)):
         if name in given or fraction == 0:
             continue
-        chosen = [i for i in free if start <= place[i] < start + fraction or (start + fraction >= 1 <= place[i] + 1)]
+        chosen = [i for i in free if start <= place[i] < start + fraction]
         start += fraction
         if not chosen and len(free) > 1:  # a small class: its lowest hash is promoted
             chosen = [min(free, key=lambda i: place[i])]
-        if len(chosen) == len(free) and fraction < 1 and len(free) > 1:
+        if chosen and len(chosen) == len(free) and fraction < 1:  # train keeps one of every class
             chosen.remove(max(chosen, key=lambda i: place[i]))
         for i in chosen:
             splits[i] = name

@@ -25,9 +25,11 @@ from PIL import Image
 from tlearn.console import progress_bar, show
 from tlearn.data.decode import load_rgb, open_image
 from tlearn.data.plan import Accepted, Options, Plan
-from tlearn.data.scan import examine_all, list_images, listing_fingerprint, on_all_cores
+from tlearn.data.scan import class_folders, examine_all, list_images, listing_fingerprint, on_all_cores
 from tlearn.data.shards import INDEX, SPLITS, Index, Sample, read_index, write_index, write_split
 from tlearn.errors import TlearnError
+
+_JOURNAL = "scan.jsonl"  # inside OUT.partial: what the scan found so far
 
 
 def prepare(source: str | Path, out: str | Path, options: Options | None = None) -> Index:
@@ -44,6 +46,10 @@ def prepare(source: str | Path, out: str | Path, options: Options | None = None)
     source, out, options = Path(source), Path(out), options or Options()
     if not source.is_dir():
         raise TlearnError(f"{source}: no such folder; give a folder with one sub-folder of images per class")
+    if out.is_symlink():
+        out = out.resolve()
+    if source.resolve() in out.resolve().parents:
+        raise TlearnError(f"{out}: lies inside {source}; choose an OUT outside of the pictures")
     found, stray = list_images(source)
     about = {
         "source": str(source.resolve()),
@@ -57,14 +63,15 @@ def prepare(source: str | Path, out: str | Path, options: Options | None = None)
                 return done
             if not found:
                 raise TlearnError(_nothing_found(source, stray))
-            examined = examine_all(source, found, partial_dir / "scan.jsonl")
-            plan = Plan(found, examined, stray, options)
+            examined = examine_all(source, found, partial_dir / _JOURNAL)
+            plan = Plan(found, examined, stray, class_folders(source), options)
             plan.check(source, options)
             _write(source, partial_dir, plan, options, about)
         except TlearnError:
             shutil.rmtree(partial_dir)
             raise
         partial_dir.rename(out)
+        (out / _JOURNAL).unlink()
         plan.summarise(out)
     return read_index(out)
 
@@ -103,17 +110,21 @@ def _locked_partial(out: Path) -> Iterator[Path]:
     """OUT.partial, held by one process at a time; the kernel frees the lock when its holder dies."""
     path = out.parent / f"{out.name}.partial"
     while True:
-        path.mkdir(parents=True, exist_ok=True)
         try:
+            path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDONLY)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if os.fstat(descriptor).st_ino == path.stat().st_ino:
-                break
-        except FileNotFoundError:
+        except FileNotFoundError:  # renamed by another process just now
             continue
+        except OSError as error:
+            raise TlearnError(f"{path}: cannot be made: {error.strerror}") from None
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
+            break
         # another process finished while this one waited: the folder is now OUT, or gone
         os.close(descriptor)
     try:
+        if any(path.iterdir()) and not (path / _JOURNAL).is_file():
+            raise TlearnError(f"{path}: is in the way: tlearn works in a folder of this name; choose another OUT")
         yield path
     finally:
         os.close(descriptor)
@@ -141,11 +152,11 @@ def _write(source: Path, root: Path, plan: Plan, options: Options, about: dict[s
     splits = {}
     with progress_bar("writing shards", total=len(plan.accepted)) as advance:
         for split in SPLITS:
+            for old in (*root.glob(f"{split}-*.tar"), *root.glob(f"{split}.samples.npy")):
+                old.unlink()  # of a run that was killed while writing
             members = [a for a in plan.accepted if a.split == split]
             if not members:
                 continue
-            for old in root.glob(f"{split}-*.tar"):  # of a run that was killed while writing
-                old.unlink()
 
             def samples(members: list[Accepted] = members) -> Iterator[Sample]:
                 read = partial(_content, source, options.max_side)
@@ -156,8 +167,7 @@ def _write(source: Path, root: Path, plan: Plan, options: Options, about: dict[s
                     yield Sample(a.key, ending, data, classes[a.class_name], a.class_name, a.file)
 
             splits[split] = write_split(root, split, samples(), options.shard_mib * 2**20)
-    (root / "audit.json").write_text(json.dumps(plan.audit(), indent=1, ensure_ascii=False), encoding="utf-8")
-    (root / "scan.jsonl").unlink()
+    (root / "audit.json").write_text(json.dumps(plan.audit(), indent=1), encoding="utf-8")
     write_index(root, plan.classes, splits, {**_statistics(plan), **about, "leaks": len(plan.leaks)})
 
 

@@ -6,11 +6,14 @@ import hashlib
 import json
 import multiprocessing
 import os
+import stat
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
+from multiprocessing import connection
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +25,7 @@ from tlearn.data.decode import FORMATS, UnreadableImageError, load_rgb, open_ima
 _SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _IGNORED = ("__MACOSX", "Thumbs.db", "desktop.ini")
 _CHUNK = 16  # files per message to a worker
+_PASSING = "cannot be read"  # a reason that may be gone the next time
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -57,11 +61,11 @@ class Examined:
 def list_images(source: Path) -> tuple[list[Found], dict[str, str]]:
     """Every file below `source`, sorted: those in a class folder, and the others with the reason.
 
-    Hidden files and folders are ignored, links are followed (each folder once).
+    Hidden files and folders are ignored, links are followed, but not in circles.
     """
     split_of = _split_folders(source)
     found, stray = [], {}
-    for path in _walk(source, set()):
+    for path in _walk(source):
         parts = path.relative_to(source).parts
         file = "/".join(parts)
         split = split_of.get(parts[0]) if split_of else None
@@ -72,38 +76,52 @@ def list_images(source: Path) -> tuple[list[Found], dict[str, str]]:
             stray[file] = "not in a class folder"
         else:
             try:
-                stat = path.stat()
+                status = path.stat()
             except OSError as error:
                 stray[file] = f"cannot be read: {error.strerror}"
                 continue
-            found.append(Found(file, below[0], split, stat.st_size, stat.st_mtime_ns))
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+                stray[file] = "not a regular file"
+                continue
+            found.append(Found(file, below[0], split, status.st_size, status.st_mtime_ns))
     return found, stray
 
 
 def _split_folders(source: Path) -> dict[str, str]:
     """{folder: split} where the source comes split, else {} (a class may well be called `train`)."""
-    folders = {p.name for p in source.iterdir() if p.is_dir() and not _hidden(p)}
+    folders = _folders(source)
     splits = {name: _SPLIT_FOLDERS[name.lower()] for name in folders if name.lower() in _SPLIT_FOLDERS}
-    nested = [name for name in splits if any(p.is_dir() and not _hidden(p) for p in (source / name).iterdir())]
-    if "train" not in splits.values() or len(nested) < len(splits):
+    train = [name for name, split in splits.items() if split == "train"]
+    # of the others one may be empty, or flat: a test set without labels
+    if not any(_folders(source / name) for name in train):
         return {}
     return splits if len(splits) == len(folders) or len(splits) > 1 else {}
+
+
+def class_folders(source: Path) -> list[str]:
+    """Names of the class folders, also of empty ones; where the source comes split, those of train."""
+    split_of = _split_folders(source)
+    roots = [source / name for name, split in split_of.items() if split == "train"] if split_of else [source]
+    return sorted({folder for root in roots for folder in _folders(root)})
+
+
+def _folders(path: Path) -> set[str]:
+    return {p.name for p in path.iterdir() if p.is_dir() and not _hidden(p)}
 
 
 def _hidden(path: Path) -> bool:
     return path.name.startswith(".") or path.name in _IGNORED
 
 
-def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
+def _walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
     real = folder.resolve()
-    if real in seen:  # a loop of links
+    if real in above:  # a loop of links
         return
-    seen.add(real)
     for path in sorted(folder.iterdir()):
         if _hidden(path):
             continue
         if path.is_dir():
-            yield from _walk(path, seen)
+            yield from _walk(path, above | {real})
         else:
             yield path
 
@@ -128,7 +146,8 @@ def examine_all(source: Path, found: list[Found], journal: Path) -> dict[str, Ex
     ):
         for result in on_all_cores(partial(_examine, source), todo):
             examined[result.file] = result
-            file.write(json.dumps(asdict(result)) + "\n")
+            # the newline comes first: a line that a kill cut short ends there
+            file.write("\n" + json.dumps(asdict(result)))
             advance()
     return examined
 
@@ -136,11 +155,13 @@ def examine_all(source: Path, found: list[Found], journal: Path) -> dict[str, Ex
 def _read_journal(journal: Path) -> Iterator[Examined]:
     if not journal.exists():
         return
-    for line in journal.read_text(encoding="utf-8").splitlines():
+    for line in journal.read_text(encoding="utf-8").split("\n"):
         try:
-            yield Examined(**json.loads(line))
+            known = Examined(**json.loads(line))
         except ValueError:  # the line that a kill cut short
-            return
+            continue
+        if not known.reason.startswith(_PASSING):
+            yield known
 
 
 def _examine(source: Path, found: Found) -> Examined:
@@ -153,7 +174,7 @@ def _examine(source: Path, found: Found) -> Examined:
     except UnreadableImageError as error:
         return Examined(**known, reason=str(error))  # type: ignore[arg-type]
     except OSError as error:
-        return Examined(**known, reason=f"cannot be read: {error.strerror}")  # type: ignore[arg-type]
+        return Examined(**known, reason=f"{_PASSING}: {error.strerror}")  # type: ignore[arg-type]
     histogram = np.array(rgb.histogram(), dtype=np.float64).reshape(3, 256)
     levels = np.arange(256) / 255
     return Examined(
@@ -174,7 +195,19 @@ def on_all_cores(function: Callable[[T], R], items: list[T]) -> Iterator[R]:
         return
     # not fork: this process may hold torch's or a progress bar's threads
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(cores, mp_context=context) as pool:
+    with ProcessPoolExecutor(cores, mp_context=context, initializer=_end_with_parent) as pool:
         rest = iter(items)
         while block := list(islice(rest, cores * _CHUNK * 16)):
             yield from pool.map(function, block, chunksize=_CHUNK)
+
+
+def _end_with_parent() -> None:
+    """In a worker: leave when the process that started the pool is gone, however it ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

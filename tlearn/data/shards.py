@@ -150,20 +150,24 @@ def read_index(root: Path) -> Index:
         raise TlearnError(f"{path}: not found; `tlearn prepare SRC {root}` makes it") from None
     except ValueError as error:
         raise TlearnError(f"{path}: not valid JSON ({error}); prepare the data again") from None
-    if meta.get("format") != "tlearn-shards" or meta.get("version") != FORMAT_VERSION:
+    written = (meta.get("format"), meta.get("version")) if isinstance(meta, dict) else (None, None)
+    if written != ("tlearn-shards", FORMAT_VERSION):
         raise TlearnError(
-            f"{path}: format {meta.get('format')!r} version {meta.get('version')!r}, this tlearn reads "
-            f"'tlearn-shards' version {FORMAT_VERSION}; prepare the data again"
+            f"{path}: format {written[0]} version {written[1]}, this tlearn reads 'tlearn-shards' version "
+            f"{FORMAT_VERSION}; prepare the data again"
         )
     splits = {}
-    for name, entry in meta["splits"].items():
-        shards = tuple(Shard(**shard) for shard in entry["shards"])
-        for shard in shards:
-            _check_size(root / shard.name, shard.bytes)
-        table = root / entry["samples"]
-        _check_size(table, entry["samples_bytes"])
-        splits[name] = Split(name, root, shards, np.load(table, mmap_mode="r"))
-    return Index(root, tuple(meta["classes"]), splits, meta["fingerprint"], meta)
+    try:
+        for name, entry in meta["splits"].items():
+            shards = tuple(Shard(**shard) for shard in entry["shards"])
+            for shard in shards:
+                _check_size(root / shard.name, shard.bytes)
+            table = root / entry["samples"]
+            _check_size(table, entry["samples_bytes"])
+            splits[name] = Split(name, root, shards, np.load(table, mmap_mode="r"))
+        return Index(root, tuple(meta["classes"]), splits, meta["fingerprint"], meta)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise TlearnError(f"{path}: damaged ({type(error).__name__}: {error}); prepare the data again") from None
 
 
 def _check_size(path: Path, expected: int) -> None:
@@ -245,9 +249,10 @@ def write_index(root: Path, classes: Sequence[str], splits: dict[str, Any], abou
     for name, entry in splits.items():
         rows = np.load(root / entry["samples"])
         entry["per_class"] = np.bincount(rows["label"], minlength=len(classes)).tolist()
-        content = np.sort(rows[["key", "label"]])
+        # the key is the source file's; the size tells a picture from the same one scaled down
+        content = np.sort(rows[["key", "label", "size"]])
         digest.update(name.encode())
-        for column in ("key", "label"):
+        for column in ("key", "label", "size"):
             digest.update(np.ascontiguousarray(content[column]).tobytes())
     meta = {
         "format": "tlearn-shards",
@@ -258,5 +263,4 @@ def write_index(root: Path, classes: Sequence[str], splits: dict[str, Any], abou
         "splits": splits,
         **about,
     }
-    text = json.dumps(meta, indent=1, ensure_ascii=False)
-    (root / INDEX).write_text(text, encoding="utf-8")
+    (root / INDEX).write_text(json.dumps(meta, indent=1), encoding="utf-8")

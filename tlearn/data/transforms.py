@@ -12,9 +12,17 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from tlearn.data.decode import BACKGROUND, load_rgb, open_image, upright_size
+from tlearn.data.decode import (
+    BACKGROUND,
+    SIDEWAYS,
+    TO_UPRIGHT,
+    load_as_stored,
+    open_image,
+    orientation_of,
+    upright_size,
+)
 
 Fit = Literal["crop", "pad", "squash"]
 Pixels = npt.NDArray[np.uint8]
@@ -124,20 +132,60 @@ def _canvas(size: tuple[int, int], fit: Fit) -> tuple[float, float]:
 
 
 def _crop_and_resize(image: Image.Image, box: Box, p: Preprocessing) -> Pixels:
-    width, height = upright_size(image)
-    # how much larger than needed the crop is: JPEGs are decoded that much smaller (in powers of two)
+    """Cut the box, measured in the upright image's canvas, and scale it to (3, S, S).
+
+    The box is turned into the stored orientation and the small result upright: only few pixels are ever turned.
+    """
+    orientation = orientation_of(image)
+    box = _as_stored(box, _canvas(upright_size(image), p.fit), orientation)
+    width, height = image.size
+    # how much larger than needed the crop is: JPEGs are decoded that much smaller
     excess = min(box[2] - box[0], box[3] - box[1]) / p.size_px
-    rgb = load_rgb(image, cover=(width / excess, height / excess) if excess > 1 else None)
+    rgb = load_as_stored(image, cover=(width / excess, height / excess) if excess > 1 else None)
+    # in powers of two, the last column and row rounded up
+    scale = 1 / max(1, round(width / rgb.width))
+    x, y = 0.0, 0.0
     if p.fit == "pad":
-        side = max(rgb.size)
-        rgb = ImageOps.pad(rgb, (side, side), color=BACKGROUND)
-        width = height = max(width, height)
-    sx, sy = rgb.width / width, rgb.height / height
+        rgb, x, y = _padded(rgb, width * scale, height * scale)
     scaled = (
-        max(0.0, box[0] * sx),
-        max(0.0, box[1] * sy),
-        min(float(rgb.width), box[2] * sx),
-        min(float(rgb.height), box[3] * sy),
+        max(0.0, box[0] * scale + x),
+        max(0.0, box[1] * scale + y),
+        min(float(rgb.width), box[2] * scale + x),
+        min(float(rgb.height), box[3] * scale + y),
     )
     square = rgb.resize((p.size_px, p.size_px), _RESAMPLING[p.interpolation], box=scaled)
+    if orientation in TO_UPRIGHT:
+        square = square.transpose(TO_UPRIGHT[orientation])
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def _as_stored(box: Box, canvas: tuple[float, float], orientation: int) -> Box:
+    """A box of the upright canvas in the coordinates of the stored one."""
+    x0, y0, x1, y1 = box
+    width, height = canvas
+    if orientation in (2, 3, 6, 7):  # mirrored left to right
+        x0, x1 = width - x1, width - x0
+    if orientation in (3, 4, 7, 8):  # mirrored top to bottom
+        y0, y1 = height - y1, height - y0
+    return (y0, x0, y1, x1) if orientation in SIDEWAYS else (x0, y0, x1, y1)
+
+
+def _padded(rgb: Image.Image, width: float, height: float) -> tuple[Image.Image, float, float]:
+    """The image on a canvas that holds the square around it, and where that square's corner lies on the canvas.
+
+    The image is pasted at whole pixels, so the corner is a fraction of one off; the axis that fills the square gets no
+    border, whose colour would bleed into the edge.
+    """
+    side = max(width, height)
+    offset_x, offset_y = (side - width) / 2, (side - height) / 2
+    left, top = math.ceil(offset_x), math.ceil(offset_y)
+    canvas = Image.new("RGB", (rgb.width + 2 * left, rgb.height + 2 * top), BACKGROUND)
+    canvas.paste(rgb, (left, top))
+    # the last column and row reach beyond the image by a share of a pixel: that share is background
+    for excess, last in (
+        (rgb.width - width, (left + rgb.width - 1, top, left + rgb.width, top + rgb.height)),
+        (rgb.height - height, (left, top + rgb.height - 1, left + rgb.width, top + rgb.height)),
+    ):
+        line = canvas.crop(last)
+        canvas.paste(Image.blend(line, Image.new("RGB", line.size, BACKGROUND), excess), last)
+    return canvas, left - offset_x, top - offset_y
