@@ -12,7 +12,7 @@ demo: .venv/.demo
 	$(BIN)/tlearn evaluate demo/run
 	@echo "five validation pictures:"
 	@$(BIN)/python -c "import json; print(*json.load(open('demo/data/audit.json'))['accepted']['val'][::21][:5], sep='\n')" \
-		| sed 's|^|demo/pictures/|' | xargs -d '\n' $(BIN)/tlearn predict demo/run --topk 3
+		| sed 's|^|demo/pictures/|' | tr '\n' '\0' | xargs -0 $(BIN)/tlearn predict demo/run --topk 3
 	@echo "the run folder is demo/run"
 
 test: .venv/.dev

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +76,7 @@ def test_json_is_one_document_and_nothing_else_on_stdout(
     assert sum(entry["probability"] for entry in good["top"]) == pytest.approx(1, abs=1e-5)
     assert bad["error"]
     assert not bad["top"]
+    assert run(monkeypatch, "predict", finished, broken, "--json") == 2
 
 
 def test_evaluate_on_other_data(
@@ -90,6 +92,13 @@ def test_evaluate_on_other_data(
     scores = json.loads(capsys.readouterr().out)["val"]
     assert scores["n"] == scores["n_expected"] == 120  # a folder of classes is scored whole
     assert scores["confusion"] == json.loads((finished / "result.json").read_text())["val"]["confusion"]
+    some = tmp_path / "some"
+    for name in ("rocket", "cat"):
+        shutil.copytree(photo_folder / "val" / name, some / name)
+    assert run(monkeypatch, "evaluate", finished, "--data", some, "--json") == 0
+    part = json.loads(capsys.readouterr().out)["val"]
+    assert part["n"] == 24
+    assert part["per_class"]["cat"]["recall"] == scores["per_class"]["cat"]["recall"]
     strangers = image_folder(tmp_path / "strangers", cat=3, zebra=3)
     assert run(monkeypatch, "evaluate", finished, "--data", strangers) == 2
     assert "zebra" in capsys.readouterr().err
@@ -179,3 +188,12 @@ def test_a_signal_ends_the_program_with_75_and_it_goes_on(photos: Path, tmp_path
     assert finished.returncode == 0, finished.stderr
     steps = [row["step"] for row in map(json.loads, metrics.read_text().splitlines()) if row["kind"] == "step"]
     assert steps == list(range(1, 141))
+
+
+def test_the_names_of_the_package_are_functions_whatever_was_imported_before() -> None:
+    code = (
+        "import tlearn.cli, tlearn.run, tlearn.data.prepare, tlearn\n"
+        "from tlearn import load, load_config, prepare, train\n"
+        "assert all(callable(f) for f in (load, load_config, prepare, train, tlearn.train, tlearn.prepare))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -23,7 +23,7 @@ ROWS = (
     {"objectives", "stages", "optim", "checkpoint", "tracking", "evaluate", "features"},
     {"folder", "tables", "plots"},
     {"engine"},
-    {"train", "predict", "quick", "export", "benchmark", "report", "launch"},
+    {"run", "predict", "quick", "export", "benchmark", "report", "launch"},
     {"cli"},
     {"__main__"},
 )

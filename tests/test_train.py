@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +19,12 @@ from safetensors.torch import load_file
 from tlearn import engine
 from tlearn.config import Config
 from tlearn.configfile import dump_config, load_config
+from tlearn.data.plan import Options
+from tlearn.data.prepare import prepare
 from tlearn.errors import StoppedBySignalError, TlearnError
 from tlearn.models.build import build_model
 from tlearn.tracking import Tracker
-from tlearn.train import train
+from tlearn.run import train
 
 MakeConfig = Callable[..., Config]
 
@@ -245,7 +248,7 @@ def test_autocast_is_on_in_every_stage_and_in_evaluation(
         finally:
             handle.remove()
 
-    monkeypatch.setattr("tlearn.train.run_stage", run_stage)
+    monkeypatch.setattr("tlearn.run.run_stage", run_stage)
     train(tiny(STAGES, f"precision={precision}", "save_every.epochs=5"), tmp_path / "run")
     assert seen == {(name, grad): {expected} for name in ("head", "last", "all") for grad in (True, False)}
 
@@ -277,7 +280,7 @@ def test_a_parameter_that_the_model_does_not_use_is_named(tiny: MakeConfig, tmp_
         return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tlearn.train.build_model", build)
+        patch.setattr("tlearn.run.build_model", build)
         with pytest.raises(TlearnError, match="idle"):
             train(tiny("strategy=full"), tmp_path / "run")
 
@@ -306,9 +309,6 @@ def test_a_folder_of_another_run_is_refused_with_the_options_that_differ(tiny: M
 
 
 def test_a_held_out_test_split_is_scored_once(tmp_path: Path, photo_folder: Path, tiny: MakeConfig) -> None:
-    from tlearn.data.plan import Options
-    from tlearn.data.prepare import prepare
-
     index = prepare(photo_folder, tmp_path / "data", Options(test=0.2))
     n_test = len(index.splits["test"])
     result = train(tiny(f"data.path={tmp_path / 'data'}", "epochs=1"), tmp_path / "run")
@@ -354,3 +354,17 @@ def wandb_folder(tiny: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_wandb_records_offline_where_there_is_no_key(wandb_folder: Path) -> None:
     (record,) = (wandb_folder / "wandb").glob("offline-run-*/run-*.wandb")
     assert b"val/top1@32" in record.read_bytes()
+
+
+def test_a_run_does_not_go_on_with_other_images(
+    tiny: MakeConfig, photo_folder: Path, tmp_path: Path, send_at_step: Callable[[int, int], None]
+) -> None:
+    index = prepare(photo_folder, tmp_path / "data", Options(test=0.1))
+    config = tiny(f"data.path={index.root}", "epochs=3")
+    send_at_step(2, signal.SIGTERM)
+    with pytest.raises(StoppedBySignalError):
+        train(config, tmp_path / "run")
+    shutil.rmtree(index.root)
+    prepare(photo_folder, index.root, Options(test=0.2))
+    with pytest.raises(TlearnError, match="other images"):
+        train(config, tmp_path / "run")

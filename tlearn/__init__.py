@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tlearn.data.prepare import prepare
     from tlearn.errors import TlearnError
     from tlearn.predict import load
-    from tlearn.train import train
+    from tlearn.run import train
 
 __all__ = ["Config", "TlearnError", "__version__", "load", "load_config", "prepare", "train"]
 
@@ -24,7 +24,7 @@ _HOME = {
     "load": "tlearn.predict",
     "load_config": "tlearn.configfile",
     "prepare": "tlearn.data.prepare",
-    "train": "tlearn.train",
+    "train": "tlearn.run",
 }
 
 

@@ -51,6 +51,8 @@ class Progress:
     """Sums over the current epoch so far: loss, weight, correct, samples."""
     best: dict[str, Any] = field(default_factory=dict)
     """Val measures of the best epoch so far, and where it was."""
+    data_fingerprint: str = ""
+    """Of the prepared data: a run goes on with the same images only."""
     wandb_id: str | None = None
     """Of the W&B run that a resumed run continues."""
 

@@ -88,7 +88,7 @@ def train(
     if file is None and run is not None and (run / "config.yaml").is_file():
         file = run / "config.yaml"
     parsed = load_config(file, overrides, quick=quick)
-    from tlearn.train import train as start
+    from tlearn.run import train as start
 
     start(parsed, run, resume=resume.value)
 
@@ -122,9 +122,10 @@ def predict(
     as_json: JsonFlag = False,
 ) -> None:
     """Print the most likely classes of images."""
+    from tlearn.data.scan import walk
     from tlearn.predict import load
 
-    files = [file for path in paths for file in (sorted(path.rglob("*.*")) if path.is_dir() else [path])]
+    files = [file for path in paths for file in (walk(path) if path.is_dir() else [path])]
     predictions = load(run).predict(files, topk)
     if as_json:
         _print_json(
@@ -137,10 +138,12 @@ def predict(
                 for p in predictions
             ]
         )
-        return
-    for p in predictions:
-        best = "  ".join(f"{name} {value:.1%}" for name, value in p.classes)
-        typer.echo(f"{p.file}: {best}" if p.error is None else f"{p.file}: ERROR {p.error}", err=p.error is not None)
+    else:
+        for p in predictions:
+            best = "  ".join(f"{name} {value:.1%}" for name, value in p.classes)
+            typer.echo(f"{p.file}: {best or 'ERROR ' + str(p.error)}", err=p.error is not None)
+    if all(p.error for p in predictions):
+        raise TlearnError(f"none of {len(predictions)} files could be read")
 
 
 def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:

@@ -154,7 +154,7 @@ def _train_step(
     runtime, progress = run.runtime, run.progress
     accelerator = runtime.accelerator
     weight = run.objective.weight(micro_batches[0].global_labels)
-    sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)
+    sums = torch.zeros(4, dtype=runtime.sum_dtype, device=runtime.device)
     for i, batch in enumerate(micro_batches):
         # for dropout: a function of the position, so that no generator's state has to be saved
         torch.manual_seed(mix(run.config.seed, progress.step, i, runtime.rank))

@@ -33,7 +33,7 @@ def evaluate(runtime: Runtime, net: nn.Module, loader: Loader, classes: Sequence
     net.eval()
     n_classes = len(classes)
     confusion = torch.zeros(n_classes * n_classes, dtype=torch.int64, device=runtime.device)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    loss_sum = torch.zeros((), dtype=runtime.sum_dtype, device=runtime.device)
     # inference_mode would leave buffers that a later training step may not save for backward
     with (
         torch.no_grad(),

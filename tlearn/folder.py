@@ -42,7 +42,7 @@ class RunFolder:
         self.card = path / "best" / "model.json"
         self.result = path / "result.json"
 
-    def restore(self, config: Config, resume: Resume) -> Restored | None:
+    def restore(self, config: Config, data_fingerprint: str, resume: Resume) -> Restored | None:
         """Where the run in this folder stopped; None: it starts from the beginning. Writes nothing.
 
         Raises:
@@ -61,6 +61,8 @@ class RunFolder:
                     "\n  ".join([f"{self.path}: holds a run with other options; choose another --run:", *differing])
                 )
             restored = checkpoint.load_newest(self.checkpoints)
+            if restored and restored.progress.data_fingerprint != data_fingerprint:
+                raise TlearnError(f"{self.path}: {config.data.path} holds other images than when this run began")
         if resume == "must" and restored is None:
             raise TlearnError(f"{self.path}: no checkpoint to resume from")
         return restored

@@ -80,7 +80,7 @@ class Classifier:
         for name in ("val", "test"):
             if name in index.splits:
                 loader = eval_loader(
-                    index.splits[name],
+                    index.splits[name].relabelled([self.classes.index(c) for c in index.classes]),
                     self.preprocessing,
                     Share(BATCH_SIZE),
                     device=self.runtime.device,
@@ -95,14 +95,8 @@ class Classifier:
     def _open(self, path: Path) -> Index:
         # a plain folder of classes is all there to be scored; one with train/val/test keeps its splits
         index = open_or_prepare(path) if (path / INDEX).is_file() else prepare_cached(path, Options(val=1.0))
-        if index.classes != self.classes:
-            unknown = sorted(set(index.classes) - set(self.classes))
-            missing = sorted(set(self.classes) - set(index.classes))
-            raise TlearnError(
-                f"{path}: its classes are not the model's"
-                + (f"; unknown to the model: {', '.join(unknown[:5])}" if unknown else "")
-                + (f"; missing in the data: {', '.join(missing[:5])}" if missing else "")
-            )
+        if unknown := sorted(set(index.classes) - set(self.classes)):
+            raise TlearnError(f"{path}: classes that the model does not know: {', '.join(unknown[:5])}")
         return index
 
     def _probabilities(self, images: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -61,6 +62,11 @@ class Runtime:
         return torch.float64 if self.precision == "fp64" else torch.float32
 
     @property
+    def sum_dtype(self) -> torch.dtype:
+        """Of sums over many samples: float64 where the device has it."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
+    @property
     def rank(self) -> int:
         """Of this process, over all machines."""
         return int(self.accelerator.process_index)
@@ -82,7 +88,9 @@ class Runtime:
     @contextmanager
     def catch_signals(self) -> Iterator[None]:
         """SIGTERM, SIGINT and SIGUSR2 set the stop flag; the handlers of before come back at the end."""
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        # elsewhere (a notebook's worker thread, say) Python can set no handlers
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2) if in_main_thread else ()
         before = {number: signal.signal(number, self.stop.set) for number in numbers}
         try:
             yield

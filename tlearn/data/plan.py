@@ -110,7 +110,7 @@ class Plan:
             raise TlearnError(
                 f"{source}: class {name!r} has no usable image ({why}); mend its files or remove the folder"
             )
-        if len(self.all_classes) < 2:
+        if len(self.all_classes) < 2 and options.val < 1:
             raise TlearnError(f"{source}: only one class ({self.all_classes[0]!r}); a classifier needs two or more")
         trained = {a.class_name for a in self.accepted if a.split == "train"}
         if trained and (unknown := sorted(set(self.all_classes) - trained)):

@@ -52,7 +52,6 @@ def prepare(source: str | Path, out: str | Path, options: Options | None = None)
         raise TlearnError(f"{out}: lies inside {source}; choose an OUT outside of the pictures")
     found, stray = list_images(source)
     about = {
-        "source": str(source.resolve()),
         "source_fingerprint": listing_fingerprint(found, stray),
         "options": asdict(options),
     }
@@ -141,7 +140,7 @@ def _already_there(out: Path, about: dict[str, Any]) -> Index | None:
     if any(index.meta.get(key) != value for key, value in about.items()):
         raise TlearnError(
             f"{out}: was prepared from other files or with other options "
-            f"({index.meta.get('source')}, {index.meta.get('options')}); choose another OUT or remove it"
+            f"({index.meta.get('options')}); choose another OUT or remove it"
         )
     show(f"{out}: already prepared from these files with these options")
     return index

@@ -61,11 +61,11 @@ class Examined:
 def list_images(source: Path) -> tuple[list[Found], dict[str, str]]:
     """Every file below `source`, sorted: those in a class folder, and the others with the reason.
 
-    Hidden files and folders are ignored, links are followed, but not in circles.
+    What `walk` leaves out is ignored.
     """
     split_of = _split_folders(source)
     found, stray = [], {}
-    for path in _walk(source):
+    for path in walk(source):
         parts = path.relative_to(source).parts
         file = "/".join(parts)
         split = split_of.get(parts[0]) if split_of else None
@@ -113,7 +113,8 @@ def _hidden(path: Path) -> bool:
     return path.name.startswith(".") or path.name in _IGNORED
 
 
-def _walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+def walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Every file below a folder, sorted; hidden ones are left out, links followed, but not in circles."""
     real = folder.resolve()
     if real in above:  # a loop of links
         return
@@ -121,7 +122,7 @@ def _walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
         if _hidden(path):
             continue
         if path.is_dir():
-            yield from _walk(path, above | {real})
+            yield from walk(path, above | {real})
         else:
             yield path
 

@@ -86,6 +86,12 @@ class Split:
         """Samples per class."""
         return np.bincount(self.rows["label"], minlength=classes).astype(np.int64)
 
+    def relabelled(self, labels: Sequence[int]) -> Split:
+        """Label i becomes labels[i]: data whose classes are some of a model's."""
+        rows = np.array(self.rows)
+        rows["label"] = np.asarray(labels, dtype=np.int32)[rows["label"]]
+        return replace(self, rows=rows)
+
     def balanced(self, limit: int, seed: int) -> Split:
         """At most `limit` samples, the classes as equal as they can be; which ones is a function of (seed, key)."""
         if limit >= len(self):

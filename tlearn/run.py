@@ -54,8 +54,8 @@ def train(config: Config, folder: str | Path | None = None, *, resume: Resume = 
     plan = [resolve(stage, list(sizes), model.head, model.blocks) for stage in stages]
 
     place = RunFolder(Path(folder) if folder is not None else new_path(config))
-    restored = place.restore(config, resume)
-    progress = restored.progress if restored else Progress()
+    restored = place.restore(config, index.fingerprint, resume)
+    progress = restored.progress if restored else Progress(data_fingerprint=index.fingerprint)
     optimizer_state: Mapping[str, torch.Tensor] = restored.optimizer if restored else {}
     if restored:
         model.net.load_state_dict(restored.model)
