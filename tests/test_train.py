@@ -23,8 +23,8 @@ from tlearn.data.plan import Options
 from tlearn.data.prepare import prepare
 from tlearn.errors import StoppedBySignalError, TlearnError
 from tlearn.models.build import build_model
-from tlearn.tracking import Tracker
 from tlearn.run import train
+from tlearn.tracking import Tracker
 
 MakeConfig = Callable[..., Config]
 
