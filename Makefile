@@ -36,11 +36,12 @@ format: .venv/.dev
 clean:
 	rm -rf demo .venv
 
-.venv/.%: pyproject.toml | .venv
+.venv/.%: pyproject.toml | .venv/bin/pip
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	touch $@
 
-.venv:
+.venv/bin/pip:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'tlearn needs Python 3.11 or newer; make PYTHON=python3.12, say')"
-	$(PYTHON) -m venv .venv || { [ "$$(id -u)" = 0 ] && apt-get install -y python3-venv && $(PYTHON) -m venv .venv; }
+	@$(PYTHON) -c "import ensurepip, venv" || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq python3-venv; }
+	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -51,8 +51,9 @@ def test_prepare_train_evaluate_predict(
     assert run(monkeypatch, "prepare", source, tmp_path / "data", "--val", "0.5", "--seed", "1") == 0
     options = (f"data.path={tmp_path / 'data'}", *TINY, "batch.size=4", "epochs=1")
     assert run(monkeypatch, "train", *options, "--run", tmp_path / "run") == 0
+    capsys.readouterr()
     assert run(monkeypatch, "evaluate", tmp_path / "run") == 0
-    assert capsys.readouterr().out == ""
+    assert "val@32" in capsys.readouterr().out
     assert run(monkeypatch, "predict", tmp_path / "run", source / "cat", "--topk", "1") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 12
@@ -105,9 +106,11 @@ def test_evaluate_on_other_data(
 
 
 def test_run_alone_goes_on_with_the_recorded_config(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = (finished / "result.json").read_text()
+    before = {name: (finished / name).read_bytes() for name in ("metrics.jsonl", "best/model.safetensors")}
+    result = json.loads((finished / "result.json").read_text())
     assert run(monkeypatch, "train", "--run", finished, "--resume", "must") == 0
-    assert json.loads((finished / "result.json").read_text())["val"] == json.loads(result)["val"]
+    assert json.loads((finished / "result.json").read_text())["val"] == result["val"]
+    assert {name: (finished / name).read_bytes() for name in before} == before
 
 
 @pytest.mark.parametrize(
@@ -169,12 +172,14 @@ def test_a_signal_ends_the_program_with_75_and_it_goes_on(photos: Path, tmp_path
     command = [sys.executable, "-m", "tlearn", "train", "--run", str(folder)]
     options = [f"data.path={photos}", *TINY, "data.workers=2", "strategy=full", "epochs=20"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [*command, *options], stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.stat().st_size > 0) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as `timeout` and schedulers do: the loader workers get it too
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 75, stderr
     assert "--run" in stderr
@@ -182,8 +187,9 @@ def test_a_signal_ends_the_program_with_75_and_it_goes_on(photos: Path, tmp_path
     assert 0 < max(done) < 140
     workers = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True, check=False)
     assert workers.stdout == ""  # loader workers carry the command line of their parent
+    # the very same command goes on
     finished = subprocess.run(
-        [*command, "--resume", "must"], capture_output=True, text=True, check=False, env=environment
+        [*command, *options, "--resume", "must"], capture_output=True, text=True, check=False, env=environment
     )
     assert finished.returncode == 0, finished.stderr
     steps = [row["step"] for row in map(json.loads, metrics.read_text().splitlines()) if row["kind"] == "step"]
@@ -197,3 +203,39 @@ def test_the_names_of_the_package_are_functions_whatever_was_imported_before() -
         "assert all(callable(f) for f in (load, load_config, prepare, train, tlearn.train, tlearn.prepare))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_a_stopped_prepare_goes_on(tmp_path: Path) -> None:
+    source = image_folder(tmp_path / "pictures", cat=400, dog=400)
+    command = [sys.executable, "-m", "tlearn", "prepare", str(source), str(tmp_path / "data")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    journal = tmp_path / "data.partial" / "scan.jsonl"
+    deadline = time.monotonic() + 60
+    while not journal.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert "again" in stderr
+    assert not (tmp_path / "data").exists()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    audit = json.loads((tmp_path / "data" / "audit.json").read_text())
+    assert audit["counts"]["files"] == 800
+
+
+def test_held_out_images_alone_are_scored_where_a_folder_has_train_images_too(
+    finished: Path,
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TLEARN_CACHE", str(tmp_path / "cache"))
+    for split, folder in (("train", "train"), ("test", "val")):
+        shutil.copytree(photo_folder / folder, tmp_path / "data" / split)
+    capsys.readouterr()
+    assert run(monkeypatch, "evaluate", finished, "--data", tmp_path / "data", "--json") == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert "val" not in scores
+    assert scores["test"]["n"] == 120

@@ -35,7 +35,7 @@ WITHIN_A_ROW = {
 }
 """What a module may import from its own row."""
 PACKAGES = {
-    "data": ("order", "decode", "transforms", "shards", "loader", "scan", "plan", "prepare"),
+    "data": ("order", "decode", "transforms", "shards", "workers", "loader", "scan", "plan", "prepare"),
     "models": ("weights", "backbones", "build"),
 }
 """Modules of a package from the bottom up: each imports only those before it."""

@@ -21,7 +21,7 @@ from tlearn.config import Config
 from tlearn.configfile import dump_config, load_config
 from tlearn.data.plan import Options
 from tlearn.data.prepare import prepare
-from tlearn.errors import StoppedBySignalError, TlearnError
+from tlearn.errors import DivergedError, StoppedBySignalError, TlearnError
 from tlearn.models.build import build_model
 from tlearn.run import train
 from tlearn.tracking import Tracker
@@ -253,24 +253,32 @@ def test_autocast_is_on_in_every_stage_and_in_evaluation(
     assert seen == {(name, grad): {expected} for name in ("head", "last", "all") for grad in (True, False)}
 
 
+@pytest.mark.parametrize("batch_norm", ["frozen", "train"])
 def test_steps_with_non_finite_gradients_are_skipped_then_end_the_run(
-    tiny: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_norm: str
 ) -> None:
-    poisoned = iter([False, True, False] + [True] * 100)
+    poisoned = iter([False, True] + [False] * 6 + [True] * 100)
     step = engine._train_step
+    reached: list[dict[str, torch.Tensor]] = []
 
     def poison(run: engine.Run, shell: Any, optimizer: Any, stepper: Any, micro_batches: Any) -> torch.Tensor:
         if next(poisoned):
             micro_batches[0].images.fill_(float("nan"))
+        reached.append({name: tensor.clone() for name, tensor in run.model.net.state_dict().items()})
         return step(run, shell, optimizer, stepper, micro_batches)
 
     monkeypatch.setattr(engine, "_train_step", poison)
     monkeypatch.setattr(engine, "MAX_REJECTED", 3)
-    with pytest.raises(TlearnError, match=r"not finite.*lower"):
-        train(tiny("strategy=full", "model.batch_norm=frozen"), tmp_path / "run")
-    steps = rows(tmp_path / "run", "step")
-    assert [row.get("rejected", False) for row in steps] == [False, True, False, True, True, True]
-    assert [row["train/loss"] is None for row in steps] == [False, True, False, True, True, True]
+    with pytest.raises(DivergedError, match=r"not finite.*lower"):
+        train(tiny("strategy=full", f"model.batch_norm={batch_norm}"), tmp_path / "run")
+    rejected = [row.get("rejected", False) for row in rows(tmp_path / "run", "step")]
+    assert rejected == [False, True] + [False] * 6 + [True] * 3
+    assert [row["train/loss"] is None for row in rows(tmp_path / "run", "step")] == rejected
+    for name, tensor in reached[2].items():
+        assert torch.equal(tensor, reached[1][name]), name  # the rejected step left no trace
+    (epoch,) = rows(tmp_path / "run", "epoch")
+    assert math.isfinite(epoch["train/loss"])
+    assert math.isfinite(epoch["val/loss@32"])
 
 
 def test_a_parameter_that_the_model_does_not_use_is_named(tiny: MakeConfig, tmp_path: Path) -> None:
@@ -333,6 +341,9 @@ def test_quick_caps_images_size_and_epochs(tiny: MakeConfig, tmp_path: Path) -> 
     written = tmp_path / "full.yaml"
     written.write_text(dump_config(tiny("epochs=30", "data.image_size=64", "batch.size=25")))
     given = ("quick.samples=50", "quick.epochs=3", "quick.image_size=32")
+    written.write_text(written.read_text().replace("size: 25", "size: 190"))  # the batch is capped like the images
+    assert load_config(written, given, quick=True).batch.size == 50
+    written.write_text(written.read_text().replace("size: 190", "size: 25"))
     result = train(load_config(written, given, quick=True), tmp_path / "run")
     assert result["image_size_px"] == 32
     assert result["val"]["n"] == 50

@@ -85,10 +85,12 @@ def save(root: Path, model: Tensors, optimizer: Tensors, progress: Progress) -> 
     for path in temporary.iterdir():
         _fsync(path)
     _fsync(temporary)
+    replaced = root / f".step-replaced-{progress.step}"
     if final.exists():  # the same step saved twice: at the end of an epoch, then by a signal
-        shutil.rmtree(final)
+        final.rename(replaced)
     temporary.rename(final)
     _fsync(root)
+    shutil.rmtree(replaced, ignore_errors=True)
     folders = _checkpoints(root)
     # what is newer than this was damaged: the run went on from before it
     abandoned = [folder for folder in folders if _step(folder) > progress.step]

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from tlearn import __version__
-from tlearn.errors import StoppedBySignalError, TlearnError
+from tlearn.errors import DivergedError, StoppedBySignalError, TlearnError
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
@@ -85,7 +87,8 @@ def train(
     if nproc > 1:
         raise TlearnError(f"--nproc {nproc}: several processes are not supported yet; leave --nproc out")
     file, overrides = _split_arguments(config or [])
-    if file is None and run is not None and (run / "config.yaml").is_file():
+    names_data = any(o.startswith("data") for o in overrides)
+    if file is None and not names_data and run is not None and (run / "config.yaml").is_file():
         file = run / "config.yaml"
     parsed = load_config(file, overrides, quick=quick)
     from tlearn.run import train as start
@@ -101,17 +104,23 @@ def evaluate(
 ) -> None:
     """Score the best model of a run on val and test images."""
     from tlearn.configfile import load_config
+    from tlearn.console import print_result
     from tlearn.folder import RunFolder
     from tlearn.predict import load
-    from tlearn.tables import show_scores
+    from tlearn.tables import scores_table
 
     classifier = load(run)
-    path = data or Path(load_config(RunFolder(run).config).data.path)
-    scores = classifier.evaluate(path) | {"image_size_px": classifier.preprocessing.size_px}
+    config = load_config(RunFolder(run).config)
+    scores = (
+        classifier.evaluate(data)
+        if data is not None
+        else classifier.evaluate(config.data.path, config.data.max_val, config.seed)
+    )
+    scores["image_size_px"] = classifier.preprocessing.size_px
     if as_json:
         _print_json(scores)
     else:
-        show_scores(scores)
+        print_result(scores_table(scores))
 
 
 @app.command()
@@ -163,10 +172,24 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a file name may be anything
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         app()
     except TlearnError as error:
         print(f"tlearn: {error}", file=sys.stderr)
         sys.exit(2)
-    except StoppedBySignalError:
+    except DivergedError as error:
+        print(f"tlearn: {error}", file=sys.stderr)
+        sys.exit(1)
+    except StoppedBySignalError as stopped:
+        print(f"tlearn: {stopped}", file=sys.stderr)
         sys.exit(STOPPED)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Outside of training (which sets a flag instead): whatever is under way can be started again."""
+    name = signal.Signals(number).name
+    raise StoppedBySignalError(f"stopped by {name}; start the same command again to go on")

@@ -265,7 +265,7 @@ class Config(Section):
     clip_norm: float | None = Field(1.0, gt=0)
     """Largest L2 norm of the gradient; null: no clipping."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
-    """auto: bf16 on accelerators that support it, else fp32."""
+    """auto: bf16 on CUDA devices that support it, else fp32."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Of everything random: order, augmentation, initial weights, dropout."""
     save_every: SaveEvery = SaveEvery()

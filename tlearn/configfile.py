@@ -150,6 +150,7 @@ def _quick_changes(config: Config) -> Iterator[tuple[str, Any]]:
     yield "data.image_size", min(config.data.image_size or quick.image_size, quick.image_size)
     for key in ("max_train", "max_val"):
         yield f"data.{key}", min(getattr(config.data, key) or quick.samples, quick.samples)
+    yield "batch.size", min(config.batch.size, quick.samples)
     if config.stages is None:
         epochs = min(config.epochs, quick.epochs)
         yield "epochs", epochs

@@ -36,6 +36,11 @@ def show(message: RenderableType) -> None:
             file.write(plain.file.getvalue())  # type: ignore[attr-defined]
 
 
+def print_result(message: RenderableType) -> None:
+    """Print what the command was called for, on stdout."""
+    Console(highlight=False, width=_console.width).print(message, markup=False)
+
+
 @contextmanager
 def progress_bar(what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
     """A progress bar on a terminal, nothing elsewhere; yields `advance(steps=1, note="")`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +20,7 @@ from tlearn.console import progress_bar, show
 from tlearn.data.loader import Batch, Loader, Share, train_loader
 from tlearn.data.order import mix, mix_array
 from tlearn.data.shards import Split
-from tlearn.errors import StoppedBySignalError, TlearnError
+from tlearn.errors import DivergedError, StoppedBySignalError, TlearnError
 from tlearn.evaluate import evaluate
 from tlearn.folder import RunFolder
 from tlearn.models.build import Model
@@ -82,7 +82,8 @@ def run_stage(
 
     Raises:
         StoppedBySignalError: after everything was saved.
-        TlearnError: a trainable parameter without gradient, or gradients that stay non-finite.
+        TlearnError: a trainable parameter without gradient.
+        DivergedError: gradients that stay non-finite.
     """
     assert stage.optimizer is not None
     assert stage.schedule is not None
@@ -113,8 +114,12 @@ def run_stage(
             if ledger.stop or _save_is_due(config.save_every, progress, loader.steps_per_epoch, total):
                 ledger.settle()
                 _save(run, optimizer)
+                ledger.pause()
             if ledger.stop:
-                raise StoppedBySignalError
+                raise StoppedBySignalError(
+                    f"stopped by {runtime.stop.signal or 'another process'}, everything is saved; "
+                    f"go on with: tlearn train --run {run.folder.path}"
+                )
     run.tracker.log(
         {
             "kind": "stage",
@@ -154,6 +159,8 @@ def _train_step(
     runtime, progress = run.runtime, run.progress
     accelerator = runtime.accelerator
     weight = run.objective.weight(micro_batches[0].global_labels)
+    # a rejected step must not leave its mark on BatchNorm either
+    statistics = [buffer.clone() for buffer in run.model.moving_statistics]
     sums = torch.zeros(4, dtype=runtime.sum_dtype, device=runtime.device)
     for i, batch in enumerate(micro_batches):
         # for dropout: a function of the position, so that no generator's state has to be saved
@@ -174,7 +181,9 @@ def _train_step(
     optimizer.found_inf = rejected  # type: ignore[attr-defined]
     stepper.step()
     stepper.zero_grad()
-    sums[2] = rejected
+    for buffer, before in zip(run.model.moving_statistics, statistics, strict=True):
+        buffer.copy_(torch.where(rejected > 0, before, buffer))
+    sums[2] = rejected / runtime.world_size
     sums[3] = float(bool(runtime.stop))
     return runtime.sum(sums)
 
@@ -200,7 +209,7 @@ class _Ledger:
         self.run, self.stage = run, stage
         self.stop = False
         self.note = ""
-        self._pending: tuple[Row, torch.Tensor, float, int] | None = None
+        self._pending: tuple[Row, Callable[[], list[float]], float, int] | None = None
         self._clock = time.perf_counter()
 
     def add(self, sums: torch.Tensor, micro_batches: list[Batch], epoch: int, rates: dict[str, float]) -> None:
@@ -220,14 +229,14 @@ class _Ledger:
         }
         if self.run.config.run.audit:
             row["batch_hash"] = _batch_hash(self.run.runtime, micro_batches)
-        self._pending = row, sums, self.run.objective.weight(labels), len(labels)
+        self._pending = row, self.run.runtime.fetch(sums), self.run.objective.weight(labels), len(labels)
 
     def settle(self) -> None:
         """Read the sums of the last step and log it."""
         if self._pending is None:
             return
-        (row, sums, weight, n), self._pending = self._pending, None
-        loss, correct, rejected, stop = sums.tolist()
+        (row, read, weight, n), self._pending = self._pending, None
+        loss, correct, rejected, stop = read()
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         progress = self.run.progress
@@ -244,7 +253,7 @@ class _Ledger:
         self.note = f"loss {loss / weight:.3f}"
         self.run.tracker.log(row)
         if progress.rejected >= MAX_REJECTED:
-            raise TlearnError(
+            raise DivergedError(
                 f"stage {self.stage.name}: {progress.rejected} steps in a row had a gradient that is not finite; "
                 "try a lower optimizer.lr, or precision=fp32. The last good checkpoint is kept"
             )
@@ -281,14 +290,18 @@ def _finish_epoch(run: Run, ledger: _Ledger, epoch: int) -> None:
     }
     run.tracker.log({"kind": "epoch", **place, "samples": progress.samples, **measures})
     show(
-        f"epoch {epoch + 1:3d}  {stage.name:12s}  train loss {loss or math.nan:.4f}  top-1 {top1 or 0:6.1%}"
-        f"  |  val@{size_px} loss {val['loss']:.4f}  top-1 {val['top1']:6.1%}"
+        f"epoch {epoch + 1:3d}  {stage.name:12s}  train loss {_number(loss)}  top-1 {top1 or 0:6.1%}"
+        f"  |  val@{size_px} loss {_number(val['loss'])}  top-1 {val['top1']:6.1%}"
     )
     if not progress.best or val["top1"] > progress.best["top1"]:
         progress.best = {**place, "top1": val["top1"], "loss": val["loss"], "selected_on": "val"}
         if run.runtime.is_main:
             checkpoint.save_best(run.folder.best, run.model.net.state_dict(), progress.best)
     ledger.pause()
+
+
+def _number(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
 
 
 def _save_is_due(every: SaveEvery, progress: Progress, steps_per_epoch: int, total: int) -> bool:

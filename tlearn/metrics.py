@@ -18,7 +18,7 @@ def classification_report(
     Args:
         confusion: (classes, classes) counts; rows are labels, columns predictions.
         classes: names in label order.
-        loss_sum: sum of the cross-entropy over the samples.
+        loss_sum: sum of the cross-entropy over the samples; one that is not finite is reported as None.
         n_expected: samples that should have been counted.
     """
     n = int(confusion.sum())
@@ -30,7 +30,7 @@ def classification_report(
     return {
         "top1": int(hits.sum()) / n if n else 0.0,
         "top1_interval95": [low, high],
-        "loss": loss_sum / n if n else 0.0,
+        "loss": loss_sum / n if n and math.isfinite(loss_sum) else None,
         "macro_f1": float(f1[actual > 0].mean()) if n else 0.0,
         "n": n,
         "n_expected": n_expected,

@@ -76,8 +76,8 @@ def named_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 def load_named_state(optimizer: torch.optim.Optimizer, state: Mapping[str, torch.Tensor]) -> None:
     """Put state back by name.
 
-    Parameters without saved state start afresh; state of other parameters, or of another kind of optimizer, is left
-    out.
+    Parameters without saved state start afresh; state of other parameters, or of another kind of optimizer (Adam and
+    AdamW count as one), is left out.
     """
     expected = _state_keys(optimizer)
     by_parameter: dict[str, dict[str, torch.Tensor]] = {}

@@ -14,8 +14,9 @@ from tlearn.configfile import load_config
 from tlearn.data.decode import UnreadableImageError
 from tlearn.data.loader import Share, eval_loader
 from tlearn.data.plan import Options
-from tlearn.data.prepare import open_or_prepare, prepare_cached
-from tlearn.data.shards import INDEX, Index
+from tlearn.data.prepare import prepare_cached
+from tlearn.data.scan import split_folders
+from tlearn.data.shards import INDEX, Index, read_index
 from tlearn.data.transforms import EvalTransform, Preprocessing, normalise
 from tlearn.errors import TlearnError
 from tlearn.evaluate import evaluate
@@ -69,8 +70,13 @@ class Classifier:
                 found[i] = Prediction(str(paths[i]), [(self.classes[k], p) for k, p in zip(n, v, strict=True)])
         return [found[i] for i in range(len(paths))]
 
-    def evaluate(self, data: str | Path) -> dict[str, Any]:
+    def evaluate(self, data: str | Path, max_val: int | None = None, seed: int = 0) -> dict[str, Any]:
         """Scores on the val and test images of prepared data, or on all images of a folder of class folders.
+
+        Args:
+            data: classes may be missing in it.
+            max_val: cap on the val images and
+            seed: of their choice, as in the run's config.
 
         Raises:
             TlearnError: classes that the model does not know.
@@ -79,8 +85,9 @@ class Classifier:
         results: dict[str, Any] = {}
         for name in ("val", "test"):
             if name in index.splits:
+                split = index.splits[name].relabelled([self.classes.index(c) for c in index.classes])
                 loader = eval_loader(
-                    index.splits[name].relabelled([self.classes.index(c) for c in index.classes]),
+                    split.balanced(max_val, seed) if name == "val" and max_val else split,
                     self.preprocessing,
                     Share(BATCH_SIZE),
                     device=self.runtime.device,
@@ -93,8 +100,11 @@ class Classifier:
         return results
 
     def _open(self, path: Path) -> Index:
-        # a plain folder of classes is all there to be scored; one with train/val/test keeps its splits
-        index = open_or_prepare(path) if (path / INDEX).is_file() else prepare_cached(path, Options(val=1.0))
+        if (path / INDEX).is_file():
+            index = read_index(path)
+        else:
+            # a plain folder of classes is all there to be scored, of one with train and test only what is held out
+            index = prepare_cached(path, Options(val=0.0 if split_folders(path) else 1.0))
         if unknown := sorted(set(index.classes) - set(self.classes)):
             raise TlearnError(f"{path}: classes that the model does not know: {', '.join(unknown[:5])}")
         return index

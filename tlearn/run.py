@@ -16,10 +16,12 @@ from tlearn.data.loader import Loader, Share, eval_loader
 from tlearn.data.prepare import open_or_prepare
 from tlearn.data.shards import Index, Split
 from tlearn.engine import Run, run_stage
-from tlearn.errors import StoppedBySignalError, TlearnError
+from tlearn.errors import TlearnError
 from tlearn.evaluate import evaluate
 from tlearn.folder import Resume, RunFolder, new_path, write_json
+from tlearn.models.backbones import full_name
 from tlearn.models.build import Model, build_model
+from tlearn.models.weights import check_weights
 from tlearn.objectives import build_objective
 from tlearn.runtime import Runtime, start
 from tlearn.stages import expand, filled, resolve
@@ -44,6 +46,7 @@ def train(config: Config, folder: str | Path | None = None, *, resume: Resume = 
         StoppedBySignalError: a signal came; everything is saved.
     """
     runtime = start(config.precision)
+    _check_names(config)
     index = open_or_prepare(config.data.path)
     splits = _splits(index, config)
     share = _share(config, runtime)
@@ -86,15 +89,19 @@ def train(config: Config, folder: str | Path | None = None, *, resume: Resume = 
                     first_epoch = sum(s.epochs for s in stages[:number])
                     optimizer_state = run_stage(run, stage, multipliers, first_epoch, optimizer_state)
         result = _result(run, index, splits)
-    except StoppedBySignalError:
-        show(f"stopped by {runtime.stop.signal}, everything is saved; go on with: tlearn train --run {place.path}")
-        raise
     finally:
         run.tracker.close()
     if runtime.is_main:
         write_json(place.result, result)
     show_result(place.path, result)
     return result
+
+
+def _check_names(config: Config) -> None:
+    """What can be known to be wrong before a long `prepare` or download begins."""
+    full_name(config.model.backbone)
+    check_weights(config.model.weights)
+    filled(config)
 
 
 def _splits(index: Index, config: Config) -> dict[str, Split]:
@@ -124,7 +131,7 @@ def _resolved(config: Config, model: Model, runtime: Runtime) -> Config:
         config.model_copy(
             update={
                 "data": config.data.model_copy(update={"image_size": model.preprocessing.size_px}),
-                "model": config.model.model_copy(update={"backbone": model.backbone}),
+                "model": config.model.model_copy(update={"backbone": model.backbone, "weights": model.weights}),
                 "precision": runtime.precision,
             }
         )

@@ -7,7 +7,7 @@ import os
 import platform
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -23,7 +23,7 @@ _RECORDED = ("tlearn", "torch", "torchvision", "timm", "accelerate", "webdataset
 
 
 class StopFlag:
-    """Set by a signal, read at step boundaries. A second SIGINT leaves at once, by KeyboardInterrupt."""
+    """Set by a signal, read at step boundaries. A SIGINT after that leaves at once, by KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -84,6 +84,24 @@ class Runtime:
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over all processes."""
         return self.accelerator.reduce(values, "sum") if self.world_size > 1 else values
+
+    def fetch(self, values: torch.Tensor) -> Callable[[], list[float]]:
+        """Start to copy a small tensor to the host; the function that is returned waits for it and gives the numbers.
+
+        On CUDA `tolist` would wait for all that was launched since, so the copy is asynchronous, with an event.
+        """
+        if self.device.type != "cuda":
+            return values.tolist
+        host = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+
+        def read() -> list[float]:
+            arrived.synchronize()
+            numbers: list[float] = host.tolist()
+            return numbers
+
+        return read
 
     @contextmanager
     def catch_signals(self) -> Iterator[None]:

@@ -39,7 +39,7 @@ def show_stages(stages: Sequence[Stage], plan: Sequence[Mapping[str, float]], si
     show(table)
 
 
-def show_scores(result: Mapping[str, Any]) -> None:
+def scores_table(result: Mapping[str, Any]) -> Table:
     """One row a split."""
     table = _table("result", "split", "images", "top-1", "95 % interval", "macro F1", "loss")
     for split in ("val", "test"):
@@ -52,14 +52,14 @@ def show_scores(result: Mapping[str, Any]) -> None:
                 f"{r['top1']:.1%}",
                 f"{low:.1%} to {high:.1%}",
                 f"{r['macro_f1']:.3f}",
-                f"{r['loss']:.4f}",
+                "not finite" if r["loss"] is None else f"{r['loss']:.4f}",
             )
-    show(table)
+    return table
 
 
 def show_result(folder: Path, result: Mapping[str, Any]) -> None:
     """The end of a run."""
-    show_scores(result)
+    show(scores_table(result))
     best = result["best"]
     show(f"best epoch {best['epoch'] + 1} (stage {best['stage']}), chosen on val")
     show(f"{result['steps']:,} steps in {result['seconds']:.0f} s, {result['train_images_per_s']} training images/s")

@@ -6,13 +6,9 @@ depend on the number of workers, and starting at step k reads nothing of the ste
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +21,7 @@ from tlearn.data.decode import UnreadableImageError
 from tlearn.data.order import Array, SequentialOrder, ShuffledOrder, batch_range, mix, part_of, steps_per_epoch
 from tlearn.data.shards import Split
 from tlearn.data.transforms import EvalTransform, Pixels, Preprocessing, TrainTransform, normalise
+from tlearn.data.workers import serve
 from tlearn.errors import TlearnError
 
 
@@ -174,15 +171,17 @@ class Loader:
             sampler=positions,
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=partial(_init_worker, os.getpid()),
+            worker_init_fn=_init_worker,
             prefetch_factor=4 if workers else None,
         )
-        batches = iter(loader)
+        batches: Any = iter(loader)
         try:
             yield self._grouped(batches, accumulate)
         finally:
-            if shutdown := getattr(batches, "_shutdown_workers", None):
-                shutdown()
+            if workers:
+                batches._shutdown_workers()
+                for process in batches._workers:  # they ignore SIGTERM, by which torch would end a slow one
+                    process.kill()
 
     def _grouped(self, batches: Iterator[Any], accumulate: int) -> Iterator[list[Batch]]:
         while group := list(islice(batches, accumulate)):
@@ -196,16 +195,8 @@ class Loader:
         return Batch(normalise(images, self.preprocessing, self.dtype), labels, keys, global_labels)
 
 
-def _init_worker(trainer: int, worker: int) -> None:
-    """Workers leave signals to the training process, die with it, and use one core each."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the training process's handler only sets a flag there
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != trainer:  # it died before the line above
-            os._exit(1)
+def _init_worker(worker: int) -> None:
+    serve()
     torch.set_num_threads(1)
 
 

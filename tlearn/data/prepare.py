@@ -25,8 +25,9 @@ from PIL import Image
 from tlearn.console import progress_bar, show
 from tlearn.data.decode import load_rgb, open_image
 from tlearn.data.plan import Accepted, Options, Plan
-from tlearn.data.scan import class_folders, examine_all, list_images, listing_fingerprint, on_all_cores
+from tlearn.data.scan import class_folders, examine_all, list_images, listing_fingerprint
 from tlearn.data.shards import INDEX, SPLITS, Index, Sample, read_index, write_index, write_split
+from tlearn.data.workers import on_all_cores
 from tlearn.errors import TlearnError
 
 _JOURNAL = "scan.jsonl"  # inside OUT.partial: what the scan found so far

@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import stat
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
-from multiprocessing import connection
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
 from tlearn.console import progress_bar
 from tlearn.data.decode import FORMATS, UnreadableImageError, load_rgb, open_image
+from tlearn.data.workers import on_all_cores
 
 _SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _IGNORED = ("__MACOSX", "Thumbs.db", "desktop.ini")
-_CHUNK = 16  # files per message to a worker
 _PASSING = "cannot be read"  # a reason that may be gone the next time
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -63,7 +53,7 @@ def list_images(source: Path) -> tuple[list[Found], dict[str, str]]:
 
     What `walk` leaves out is ignored.
     """
-    split_of = _split_folders(source)
+    split_of = split_folders(source)
     found, stray = [], {}
     for path in walk(source):
         parts = path.relative_to(source).parts
@@ -87,7 +77,7 @@ def list_images(source: Path) -> tuple[list[Found], dict[str, str]]:
     return found, stray
 
 
-def _split_folders(source: Path) -> dict[str, str]:
+def split_folders(source: Path) -> dict[str, str]:
     """{folder: split} where the source comes split, else {} (a class may well be called `train`)."""
     folders = _folders(source)
     splits = {name: _SPLIT_FOLDERS[name.lower()] for name in folders if name.lower() in _SPLIT_FOLDERS}
@@ -100,7 +90,7 @@ def _split_folders(source: Path) -> dict[str, str]:
 
 def class_folders(source: Path) -> list[str]:
     """Names of the class folders, also of empty ones; where the source comes split, those of train."""
-    split_of = _split_folders(source)
+    split_of = split_folders(source)
     roots = [source / name for name, split in split_of.items() if split == "train"] if split_of else [source]
     return sorted({folder for root in roots for folder in _folders(root)})
 
@@ -159,7 +149,7 @@ def _read_journal(journal: Path) -> Iterator[Examined]:
     for line in journal.read_text(encoding="utf-8").split("\n"):
         try:
             known = Examined(**json.loads(line))
-        except ValueError:  # the line that a kill cut short
+        except (ValueError, TypeError):  # the line that a kill cut short
             continue
         if not known.reason.startswith(_PASSING):
             yield known
@@ -186,29 +176,3 @@ def _examine(source: Path, found: Found) -> Examined:
         height=rgb.height,
         sums=(*(histogram @ levels).tolist(), *(histogram @ levels**2).tolist()),
     )
-
-
-def on_all_cores(function: Callable[[T], R], items: list[T]) -> Iterator[R]:
-    """`map` in worker processes, in order. A bounded number of items is under way at any time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if len(items) < 2 * _CHUNK or cores == 1:
-        yield from map(function, items)
-        return
-    # not fork: this process may hold torch's or a progress bar's threads
-    context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(cores, mp_context=context, initializer=_end_with_parent) as pool:
-        rest = iter(items)
-        while block := list(islice(rest, cores * _CHUNK * 16)):
-            yield from pool.map(function, block, chunksize=_CHUNK)
-
-
-def _end_with_parent() -> None:
-    """In a worker: leave when the process that started the pool is gone, however it ended."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -118,11 +119,15 @@ _TRIES = 10
 
 def normalise(images: torch.Tensor, preprocessing: Preprocessing, dtype: torch.dtype) -> torch.Tensor:
     """(B, 3, S, S) uint8 in 0..255 -> `dtype`, channels last, (x / 255 - mean) / std. On the images' device."""
-    mean, std = (
-        torch.tensor(values, dtype=dtype, device=images.device).view(1, 3, 1, 1) * 255
-        for values in (preprocessing.mean, preprocessing.std)
-    )
+    mean, std = _mean_and_std(preprocessing, dtype, images.device)
     return images.to(dtype, memory_format=torch.channels_last).sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=8)
+def _mean_and_std(p: Preprocessing, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each (1, 3, 1, 1), in 0..255; sent to the device once, not per batch."""
+    mean, std = (torch.tensor(values, dtype=dtype).view(1, 3, 1, 1) * 255 for values in (p.mean, p.std))
+    return mean.to(device), std.to(device)
 
 
 def _canvas(size: tuple[int, int], fit: Fit) -> tuple[float, float]:

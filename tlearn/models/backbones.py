@@ -38,7 +38,7 @@ class Backbone(NamedTuple):
     name: str
     """`timm:NAME` or `torchvision:NAME`."""
     weights: str
-    """Where its weights came from, for the record."""
+    """Where its weights came from, as `model.weights` takes it: `default` has become a tag."""
     preprocessing: Preprocessing
 
 
@@ -118,8 +118,7 @@ def _build_timm(
     preprocessing = Preprocessing(
         c["input_size"][-1], tuple(c["mean"]), tuple(c["std"]), c["interpolation"], c["crop_pct"]
     )
-    source = f"timm:{c['architecture']}.{c['tag']}" if tag is not None else "random"
-    return net, source, preprocessing
+    return net, str(c["tag"]) if tag is not None else "random", preprocessing
 
 
 def _build_torchvision(
@@ -144,7 +143,7 @@ def _build_torchvision(
         t = (weights or known.DEFAULT).transforms()
         crop_pct = t.crop_size[0] / t.resize_size[0]
         preprocessing = Preprocessing(t.crop_size[0], tuple(t.mean), tuple(t.std), t.interpolation.value, crop_pct)
-    return net, f"torchvision:{model}.{weights.name}" if weights is not None else "random", preprocessing
+    return net, weights.name if weights is not None else "random", preprocessing
 
 
 def _unknown_weights(model: str, tag: str, tags: list[str]) -> str:

@@ -23,7 +23,7 @@ class Model:
     backbone: str
     """`timm:NAME` or `torchvision:NAME`."""
     weights: str
-    """Where the weights came from; "random" if nowhere."""
+    """Where the weights came from, as `model.weights` takes it."""
     head: str
     """Name of the Linear that gives the logits."""
     blocks: list[list[str]]
@@ -31,7 +31,7 @@ class Model:
     preprocessing: Preprocessing
     batch_norm_frozen: bool
     """Whether running statistics stay as they are."""
-    _eval_modules: list[nn.Module] = field(default_factory=list)
+    _eval_modules: set[nn.Module] = field(default_factory=set)
 
     def set_trainable(self, multipliers: Mapping[str, float]) -> None:
         """Parameters with multiplier 0 are frozen, the others train."""
@@ -39,11 +39,17 @@ class Model:
             parameter.requires_grad_(multipliers[name] > 0)
             parameter.grad = None
         frozen = set(_frozen_modules(self.net))
-        self._eval_modules = [
+        self._eval_modules = {
             module
             for module in self.net.modules()
             if module in frozen or (self.batch_norm_frozen and isinstance(module, _BatchNorm))
-        ]
+        }
+
+    @property
+    def moving_statistics(self) -> list[torch.Tensor]:
+        """Buffers of the BatchNorm layers that training changes."""
+        norms = [m for m in self.net.modules() if isinstance(m, _BatchNorm) and m not in self._eval_modules]
+        return [buffer for norm in norms for buffer in norm.buffers()]
 
     def train(self) -> None:
         """Training mode, except for frozen parts: they stay in eval (BatchNorm statistics, dropout)."""

