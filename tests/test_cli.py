@@ -239,3 +239,18 @@ def test_held_out_images_alone_are_scored_where_a_folder_has_train_images_too(
     scores = json.loads(capsys.readouterr().out)
     assert "val" not in scores
     assert scores["test"]["n"] == 120
+
+
+def test_a_run_on_a_bare_folder_is_scored_on_what_it_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TLEARN_CACHE", str(tmp_path / "cache"))
+    source = image_folder(tmp_path / "pictures", cat=20, dog=20)
+    options = (f"data.path={source}", *TINY, "batch.size=8", "epochs=1")
+    assert run(monkeypatch, "train", *options, "--run", tmp_path / "run") == 0
+    capsys.readouterr()
+    assert run(monkeypatch, "evaluate", tmp_path / "run", "--json") == 0
+    scores = json.loads(capsys.readouterr().out)["val"]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())["val"]
+    assert 0 < result["n"] < 40
+    assert scores["confusion"] == result["confusion"]

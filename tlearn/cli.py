@@ -103,20 +103,11 @@ def evaluate(
     as_json: JsonFlag = False,
 ) -> None:
     """Score the best model of a run on val and test images."""
-    from tlearn.configfile import load_config
     from tlearn.console import print_result
-    from tlearn.folder import RunFolder
     from tlearn.predict import load
     from tlearn.tables import scores_table
 
-    classifier = load(run)
-    config = load_config(RunFolder(run).config)
-    scores = (
-        classifier.evaluate(data)
-        if data is not None
-        else classifier.evaluate(config.data.path, config.data.max_val, config.seed)
-    )
-    scores["image_size_px"] = classifier.preprocessing.size_px
+    scores = load(run).evaluate(data)
     if as_json:
         _print_json(scores)
     else:

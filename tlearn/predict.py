@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 
 from tlearn import checkpoint
+from tlearn.config import Config
 from tlearn.configfile import load_config
 from tlearn.data.decode import UnreadableImageError
 from tlearn.data.loader import Share, eval_loader
 from tlearn.data.plan import Options
-from tlearn.data.prepare import prepare_cached
+from tlearn.data.prepare import open_or_prepare, prepare_cached
 from tlearn.data.scan import split_folders
-from tlearn.data.shards import INDEX, Index, read_index
+from tlearn.data.shards import INDEX, Split, read_index
 from tlearn.data.transforms import EvalTransform, Preprocessing, normalise
 from tlearn.errors import TlearnError
 from tlearn.evaluate import evaluate
@@ -44,10 +45,19 @@ class Classifier:
         net: (B, 3, S, S) normalised images -> (B, classes) logits, in eval mode.
         classes: names in label order.
         preprocessing: what it was trained and evaluated with.
+        config: of the run.
     """
 
-    def __init__(self, net: torch.nn.Module, classes: Sequence[str], preprocessing: Preprocessing, runtime: Runtime):
+    def __init__(
+        self,
+        net: torch.nn.Module,
+        classes: Sequence[str],
+        preprocessing: Preprocessing,
+        runtime: Runtime,
+        config: Config,
+    ) -> None:
         self.net, self.classes, self.preprocessing, self.runtime = net, tuple(classes), preprocessing, runtime
+        self.config = config
 
     def predict(self, paths: Sequence[str | Path], topk: int = 5) -> list[Prediction]:
         """The `topk` most likely classes of every file, in the files' order; unreadable files carry an error."""
@@ -70,36 +80,40 @@ class Classifier:
                 found[i] = Prediction(str(paths[i]), [(self.classes[k], p) for k, p in zip(n, v, strict=True)])
         return [found[i] for i in range(len(paths))]
 
-    def evaluate(self, data: str | Path, max_val: int | None = None, seed: int = 0) -> dict[str, Any]:
+    def evaluate(self, data: str | Path | None = None) -> dict[str, Any]:
         """Scores on the val and test images of prepared data, or on all images of a folder of class folders.
 
         Args:
-            data: classes may be missing in it.
-            max_val: cap on the val images and
-            seed: of their choice, as in the run's config.
+            data: classes may be missing in it. Default: what the run itself held out.
 
         Raises:
             TlearnError: classes that the model does not know.
         """
-        index = self._open(Path(data).expanduser())
+        splits = self._held_out() if data is None else self._foreign(Path(data).expanduser())
         results: dict[str, Any] = {}
         for name in ("val", "test"):
-            if name in index.splits:
-                split = index.splits[name].relabelled([self.classes.index(c) for c in index.classes])
+            if name in splits:
                 loader = eval_loader(
-                    split.balanced(max_val, seed) if name == "val" and max_val else split,
+                    splits[name],
                     self.preprocessing,
                     Share(BATCH_SIZE),
                     device=self.runtime.device,
                     dtype=self.runtime.dtype,
-                    workers=2,
+                    workers=self.config.data.workers,
                 )
                 results[name] = evaluate(self.runtime, self.net, loader, self.classes)
         if not results:
             raise TlearnError(f"{data}: has no val or test images")
-        return results
+        return results | {"image_size_px": self.preprocessing.size_px}
 
-    def _open(self, path: Path) -> Index:
+    def _held_out(self) -> dict[str, Split]:
+        config = self.config.data
+        splits = dict(open_or_prepare(config.path).splits)
+        if config.max_val is not None:
+            splits["val"] = splits["val"].balanced(config.max_val, self.config.seed)
+        return splits
+
+    def _foreign(self, path: Path) -> dict[str, Split]:
         if (path / INDEX).is_file():
             index = read_index(path)
         else:
@@ -107,7 +121,8 @@ class Classifier:
             index = prepare_cached(path, Options(val=0.0 if split_folders(path) else 1.0))
         if unknown := sorted(set(index.classes) - set(self.classes)):
             raise TlearnError(f"{path}: classes that the model does not know: {', '.join(unknown[:5])}")
-        return index
+        labels = [self.classes.index(name) for name in index.classes]
+        return {name: split.relabelled(labels) for name, split in index.splits.items()}
 
     def _probabilities(self, images: torch.Tensor) -> torch.Tensor:
         batch = normalise(images.to(self.runtime.device), self.preprocessing, self.runtime.dtype)
@@ -129,9 +144,10 @@ def load(run: str | Path) -> Classifier:
     card = json.loads(folder.card.read_text(encoding="utf-8"))
     about: dict[str, Any] = card["preprocessing"]
     preprocessing = Preprocessing(**about | {name: tuple(about[name]) for name in ("mean", "std")})
-    runtime = start(load_config(folder.config).precision)
+    config = load_config(folder.config)
+    runtime = start(config.precision)
     net = build_backbone(card["backbone"], "random", preprocessing.size_px, 0.0).net
     replace_head(net, len(card["classes"]))
     net.load_state_dict(state)
     net.to(runtime.device, runtime.dtype, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    return Classifier(net, card["classes"], preprocessing, runtime)
+    return Classifier(net, card["classes"], preprocessing, runtime, config)
