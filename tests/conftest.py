@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +16,9 @@ from tlearn.config import Config
 from tlearn.configfile import load_config
 from tlearn.data.prepare import prepare
 
+# for tests of several processes: forked from a server that has imported all they need
+multiprocessing.set_forkserver_preload(["tlearn.run"])
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # one thread: what these networks compute is too small to share, and two processes may run side by side
 torch.set_num_threads(1)
 
@@ -52,6 +57,7 @@ TINY = (
     "data.workers=0",
     "tracking.wandb.mode=disabled",
     "run.audit=true",
+    "precision=fp32",
 )
 """A network of a few hundred thousand parameters on pictures of 32 px."""
 

@@ -16,10 +16,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tlearn import checkpoint
-from tlearn.checkpoint import Progress, load_best, load_newest, save, save_best
+from tlearn.checkpoint import Progress, Restored, load, load_best, newest, save, save_best
 from tlearn.errors import TlearnError
 
 FILES = ("model.safetensors", "optimizer.safetensors", "progress.json", "manifest.json")
+
+
+def load_newest(root: Path) -> Restored | None:
+    """What a resumed run gets."""
+    folder = newest(root)
+    return load(folder) if folder else None
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:
@@ -299,7 +305,7 @@ def test_a_pickle_in_the_place_of_tensors_is_not_read(tmp_path: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     entry = manifest["files"]["model.safetensors"]
     entry["bytes"] = (folder / "model.safetensors").stat().st_size
-    entry["sha256"] = checkpoint._sha256(folder / "model.safetensors")
+    entry["sha256"] = checkpoint.sha256(folder / "model.safetensors")
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(Exception, match="header"):
         load_newest(tmp_path)

@@ -612,3 +612,31 @@ def test_a_random_file_loads_or_is_a_tlearn_error(tmp_path: Path, content: bytes
     path = tmp_path / "random.yaml"
     path.write_bytes(content)
     loads_or_complains(path, [], quick=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("optimizer.lr", "1e-9"), ("schedule.name", "step"), ("quick.epochs", "1"), ("epochs", "3")]
+)
+def test_what_would_have_no_effect_is_refused(tmp_path: Path, key: str, value: str) -> None:
+    (tmp_path / "x.yaml").write_text(
+        f"data: {{path: x}}\nstages:\n  - {{name: a, epochs: 1, {RULES}, optimizer: {{name: adam}}, "
+        "schedule: {name: constant}}\n"
+    )
+    with pytest.raises(TlearnError, match=f"the command line: {key} has no effect"):
+        load_config(tmp_path / "x.yaml", [f"{key}={value}"])
+
+
+def test_what_one_stage_uses_has_an_effect(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(
+        f"data: {{path: x}}\nstages:\n  - {{name: a, epochs: 1, {RULES}, optimizer: {{name: adam}}}}\n"
+        f"  - {{name: b, epochs: 1, {RULES}}}\n"
+    )
+    assert load_config(tmp_path / "x.yaml", ["optimizer.lr=0.5"]).optimizer.lr == 0.5
+    assert load_config(tmp_path / "x.yaml", ["quick.epochs=2"], quick=True).quick.epochs == 2
+
+
+@pytest.mark.parametrize("t_0", ["0%", "101%", "-5%", "x%", "25", "1.5.5%", "0.0%"])
+def test_a_share_of_a_stage_is_above_0_and_at_most_100_percent(t_0: str) -> None:
+    with pytest.raises(TlearnError, match=r"schedule\.t_0"):
+        load_config(None, ["data.path=x", "schedule.name=cosine_warm_restarts", f"schedule.t_0='{t_0}'"])
+    assert load_config(None, ["data.path=x", "schedule={name: cosine_warm_restarts, t_0: 0.5%}"])

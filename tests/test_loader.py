@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import signal
 import time
@@ -301,15 +300,11 @@ def test_a_balanced_part_is_loaded_like_a_whole_split(split: Split) -> None:
 
 
 @pytest.mark.slow
-def test_workers_that_are_not_forked_give_the_same(split: Split) -> None:
+def test_workers_that_are_not_forked_give_the_same(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is how Python 3.14 starts them on Linux, and every Python on macOS."""
     expected = take(training(split), 0, 3)
-    before = multiprocessing.get_start_method()
-    multiprocessing.set_start_method("forkserver", force=True)
-    try:
-        found = take(training(split, workers=1), 0, 3)
-    finally:
-        multiprocessing.set_start_method(before, force=True)
+    monkeypatch.setattr(loader, "START_METHOD", "forkserver")
+    found = take(training(split, workers=1), 0, 3)
     for (a,), (b,) in zip(expected, found, strict=True):
         assert torch.equal(a.keys, b.keys)
         assert torch.equal(a.images, b.images)

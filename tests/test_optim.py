@@ -108,6 +108,17 @@ def test_every_restart_falls_on_its_step(steps_per_epoch: int, t_mult: int) -> N
             assert lr_factor(schedule, (k - 1) / steps_per_epoch, 200) < 0.5
 
 
+@pytest.mark.parametrize(("share", "cycles"), [("100%", 1), ("50%", 2), ("25%", 4), ("12.5%", 8)])
+def test_a_first_cycle_can_be_a_share_of_the_stage(share: str, cycles: int) -> None:
+    epochs, steps_per_epoch = 8, 6
+    schedule = CosineWarmRestarts(t_0=share, t_mult=1)
+    cycle = epochs * steps_per_epoch // cycles
+    assert our_factors(schedule, steps_per_epoch, epochs) == pytest.approx(
+        torch_factors(lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=cycle), epochs * steps_per_epoch),
+        abs=1e-7,
+    )
+
+
 @pytest.mark.parametrize("steps_per_epoch", [1, 4, 7])
 @pytest.mark.parametrize("floor", [0.0, 0.1])
 def test_cosine_is_torchs(floor: float, steps_per_epoch: int) -> None:

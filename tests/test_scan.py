@@ -27,7 +27,7 @@ from tlearn.data import scan
 from tlearn.data.plan import Options
 from tlearn.data.prepare import open_or_prepare, prepare, prepare_cached
 from tlearn.data.shards import Index, read_index
-from tlearn.errors import TlearnError
+from tlearn.errors import StoppedBySignalError, TlearnError
 
 
 def audit(out: Path) -> dict[str, Any]:
@@ -833,3 +833,28 @@ def test_a_plain_folder_is_prepared_once_into_the_cache(
     assert prepare_cached(source, Options(val=0.5)).root not in (first.root, changed.root)
     with pytest.raises(TlearnError, match=r"data\.path: .*nowhere: no such folder"):
         open_or_prepare(tmp_path / "nowhere")
+
+
+def test_a_signal_is_no_fault_of_the_picture_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_images(tmp_path / "source", {"a": 3, "b": 3})
+
+    def stopped(data: bytes) -> Any:
+        raise StoppedBySignalError("stopped by SIGTERM")
+
+    monkeypatch.setattr("tlearn.data.decode.Image.open", lambda *_, **__: stopped(b""))
+    with pytest.raises(StoppedBySignalError):
+        prepare(source, tmp_path / "out")
+    monkeypatch.undo()
+    assert len(prepare(source, tmp_path / "out").splits["train"]) == 4
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard_prepares(tmp_path: Path) -> None:
+    """Worker processes that import the script would begin it again, and wait for each other."""
+    source = write_images(tmp_path / "source", {"a": 30, "b": 30})
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import tlearn\nprint(len(tlearn.prepare({str(source)!r}, {str(tmp_path / 'out')!r}).classes))\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "2\n"

@@ -11,18 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
 from safetensors.torch import load_file
 
-from tlearn import engine
+import tlearn.run
+from tlearn import console, engine, ledger
 from tlearn.config import Config
 from tlearn.configfile import dump_config, load_config
 from tlearn.data.plan import Options
 from tlearn.data.prepare import prepare
 from tlearn.errors import DivergedError, StoppedBySignalError, TlearnError
+from tlearn.evaluate import evaluate
 from tlearn.models.build import build_model
+from tlearn.predict import load
 from tlearn.run import train
 from tlearn.tracking import Tracker
 
@@ -134,7 +138,14 @@ def test_the_recorded_config_repeats_the_run_bit_for_bit(tiny: MakeConfig, tmp_p
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
 def whole(request: pytest.FixtureRequest, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three stages that nothing interrupted."""
-    options = (f"data.path={photos}", *TINY, STAGES, f"precision={request.param}", "data.workers=1")
+    options = (
+        f"data.path={photos}",
+        *TINY,
+        STAGES,
+        f"precision={request.param}",
+        "data.workers=1",
+        "model.dropout=0.3",
+    )
     folder = tmp_path_factory.mktemp("whole") / "run"
     train(load_config(None, options), folder)
     return folder
@@ -204,7 +215,7 @@ def test_accumulation_and_workers_change_neither_batches_nor_losses(tiny: MakeCo
 
 def test_frozen_parts_do_not_move_and_trained_parts_do(tiny: MakeConfig, tmp_path: Path) -> None:
     config = tiny("strategy=partial", "epochs=2", "optimizer.lr=0.01")
-    before = build_model(config, 10, torch.float32)
+    before = build_model(config, 10)
     train(config, tmp_path / "run")
     after = weights(tmp_path / "run")
     trained = {*before.blocks[-1], "classifier.weight", "classifier.bias"}
@@ -260,20 +271,24 @@ def test_steps_with_non_finite_gradients_are_skipped_then_end_the_run(
     poisoned = iter([False, True] + [False] * 6 + [True] * 100)
     step = engine._train_step
     reached: list[dict[str, torch.Tensor]] = []
+    keys: list[list[int]] = []
 
     def poison(run: engine.Run, shell: Any, optimizer: Any, stepper: Any, micro_batches: Any) -> torch.Tensor:
         if next(poisoned):
             micro_batches[0].images.fill_(float("nan"))
+        keys.append(micro_batches[0].keys.numpy().view(np.uint64).tolist())
         reached.append({name: tensor.clone() for name, tensor in run.model.net.state_dict().items()})
         return step(run, shell, optimizer, stepper, micro_batches)
 
     monkeypatch.setattr(engine, "_train_step", poison)
-    monkeypatch.setattr(engine, "MAX_REJECTED", 3)
-    with pytest.raises(DivergedError, match=r"not finite.*lower"):
+    monkeypatch.setattr(ledger, "MAX_REJECTED", 3)
+    with pytest.raises(DivergedError, match=r"the loss is not finite.*rate of 0.0001 instead of 0.001"):
         train(tiny("strategy=full", f"model.batch_norm={batch_norm}"), tmp_path / "run")
-    rejected = [row.get("rejected", False) for row in rows(tmp_path / "run", "step")]
+    steps = rows(tmp_path / "run", "step")
+    rejected = ["rejected" in row for row in steps]
     assert rejected == [False, True] + [False] * 6 + [True] * 3
-    assert [row["train/loss"] is None for row in rows(tmp_path / "run", "step")] == rejected
+    assert [row["train/loss"] is None for row in steps] == rejected
+    assert steps[1]["rejected"] == [f"{key:016x}" for key in keys[1]]
     for name, tensor in reached[2].items():
         assert torch.equal(tensor, reached[1][name]), name  # the rejected step left no trace
     (epoch,) = rows(tmp_path / "run", "epoch")
@@ -316,12 +331,40 @@ def test_a_folder_of_another_run_is_refused_with_the_options_that_differ(tiny: M
         train(tiny("epochs=1"), tmp_path / "other")
 
 
-def test_a_held_out_test_split_is_scored_once(tmp_path: Path, photo_folder: Path, tiny: MakeConfig) -> None:
+def test_a_held_out_test_split_is_scored_once(
+    tmp_path: Path, photo_folder: Path, tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     index = prepare(photo_folder, tmp_path / "data", Options(test=0.2))
     n_test = len(index.splits["test"])
-    result = train(tiny(f"data.path={tmp_path / 'data'}", "epochs=1"), tmp_path / "run")
+    scored: list[int] = []
+
+    def counted(runtime: Any, net: Any, loader: Any, classes: Any) -> Any:
+        scored.append(loader.samples_per_epoch)
+        return evaluate(runtime, net, loader, classes)
+
+    for module in (engine, tlearn.run):
+        monkeypatch.setattr(module, "evaluate", counted)
+    result = train(tiny(f"data.path={tmp_path / 'data'}", "epochs=2"), tmp_path / "run")
+    assert scored == [120, 120, 120, n_test]  # val after each epoch and for the best one
     assert result["test"]["n"] == n_test == result["test"]["n_expected"]
     assert sum(c["n"] for c in result["test"]["per_class"].values()) == n_test
+
+
+def test_the_gradient_is_clipped(tiny: MakeConfig, tmp_path: Path) -> None:
+    one_step = ("strategy=full", "epochs=1", "batch.size=200", "schedule.name=constant", "model.batch_norm=frozen")
+    optimizer = "optimizer={name: sgd, lr: 1.0, momentum: 0.0}"
+    stages = "stages=[{name: all, epochs: 1, train: [['.*', 1.0]]}]"
+    config = tiny(*one_step[2:], optimizer, stages, "clip_norm=0.001")
+    before = build_model(config, 10).net.state_dict()
+    train(config, tmp_path / "run")
+    change = [(tensor - before[name]).flatten().double() for name, tensor in weights(tmp_path / "run").items()]
+    assert float(torch.cat(change).norm()) == pytest.approx(0.001, rel=1e-3)
+
+
+def test_checkpoints_are_written_every_so_many_steps(tiny: MakeConfig, tmp_path: Path) -> None:
+    train(tiny("strategy=feature_extraction", "epochs=2", "save_every={epochs: 9, steps: 5}"), tmp_path / "run")
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000010", "step-00000014"]  # the last two of 5, 10 and the end
 
 
 def test_a_bare_folder_of_images_is_prepared_into_the_cache_once(
@@ -365,6 +408,48 @@ def wandb_folder(tiny: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_wandb_records_offline_where_there_is_no_key(wandb_folder: Path) -> None:
     (record,) = (wandb_folder / "wandb").glob("offline-run-*/run-*.wandb")
     assert b"val/top1@32" in record.read_bytes()
+
+
+def test_a_resumed_run_continues_the_same_wandb_run(
+    wandb_folder: Path, tiny: MakeConfig, send_at_step: Callable[[int, int], None]
+) -> None:
+    config = tiny("strategy=feature_extraction", "epochs=3", "tracking.wandb.mode=offline")
+    folder = wandb_folder.with_name("stopped")
+    send_at_step(9, signal.SIGTERM)
+    with pytest.raises(StoppedBySignalError):
+        train(config, folder)
+    train(config, folder)
+    ids = [path.name.rpartition("-")[2] for path in (folder / "wandb").glob("offline-run-*")]
+    assert len(ids) == 2
+    assert len(set(ids)) == 1
+
+
+def test_data_that_were_moved_are_the_same_data(tiny: MakeConfig, photos: Path, tmp_path: Path) -> None:
+    config = tiny("strategy=feature_extraction", "epochs=1")
+    first = train(config, tmp_path / "run")
+    shutil.copytree(photos, tmp_path / "moved")
+    assert (
+        train(tiny("strategy=feature_extraction", "epochs=1", f"data.path={tmp_path / 'moved'}"), tmp_path / "run")[
+            "val"
+        ]
+        == first["val"]
+    )
+
+
+def test_a_run_is_not_scored_on_data_that_have_changed(tiny: MakeConfig, photo_folder: Path, tmp_path: Path) -> None:
+    index = prepare(photo_folder, tmp_path / "data", Options(test=0.1))
+    train(tiny(f"data.path={index.root}", "strategy=feature_extraction", "epochs=1"), tmp_path / "run")
+    shutil.rmtree(index.root)
+    prepare(photo_folder, index.root, Options(test=0.2))
+    with pytest.raises(TlearnError, match="other images than when this run was trained"):
+        load(tmp_path / "run").evaluate()
+
+
+def test_what_is_shown_after_a_run_is_not_in_its_log(tiny: MakeConfig, tmp_path: Path) -> None:
+    train(tiny("strategy=feature_extraction", "epochs=1"), tmp_path / "run")
+    log = (tmp_path / "run" / "log.txt").read_text()
+    console.show("something else")
+    assert (tmp_path / "run" / "log.txt").read_text() == log
 
 
 def test_a_run_does_not_go_on_with_other_images(

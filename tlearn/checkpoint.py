@@ -8,7 +8,6 @@ checkpoints/step-00000123/model.safetensors      parameters and buffers
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from tlearn.console import show
 from tlearn.errors import TlearnError
+from tlearn.files import fsync, replace, sha256
 
 FORMAT_VERSION = 1
 KEPT = 2
@@ -46,7 +46,11 @@ class Progress:
     seconds: float = 0.0
     """Time spent in training steps."""
     rejected: int = 0
-    """Steps in a row whose gradient was not finite."""
+    """Steps in a row whose gradient was not finite; they were skipped."""
+    rejected_in_all: int = 0
+    """Steps of the run that were skipped."""
+    scaler: dict[str, float] = field(default_factory=dict)
+    """State of the loss scaler (fp16 only)."""
     epoch_sums: dict[str, float] = field(default_factory=dict)
     """Sums over the current epoch so far: loss, weight, correct, samples."""
     best: dict[str, Any] = field(default_factory=dict)
@@ -78,18 +82,18 @@ def save(root: Path, model: Tensors, optimizer: Tensors, progress: Progress) -> 
     manifest = {
         "version": FORMAT_VERSION,
         "files": {
-            name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)} for name in _FILES
+            name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)} for name in _FILES
         },
     }
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in temporary.iterdir():
-        _fsync(path)
-    _fsync(temporary)
+        fsync(path)
+    fsync(temporary)
     replaced = root / f".step-replaced-{progress.step}"
     if final.exists():  # the same step saved twice: at the end of an epoch, then by a signal
         final.rename(replaced)
     temporary.rename(final)
-    _fsync(root)
+    fsync(root)
     shutil.rmtree(replaced, ignore_errors=True)
     folders = _checkpoints(root)
     # what is newer than this was damaged: the run went on from before it
@@ -99,7 +103,7 @@ def save(root: Path, model: Tensors, optimizer: Tensors, progress: Progress) -> 
     return final
 
 
-def load_newest(root: Path) -> Restored | None:
+def newest(root: Path) -> Path | None:
     """The newest checkpoint that is whole; damaged ones are passed over with a message.
 
     Raises:
@@ -109,13 +113,22 @@ def load_newest(root: Path) -> Restored | None:
         if reason := _damage(folder):
             show(f"{folder}: {reason}; trying the one before")
             continue
-        progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-        return Restored(
-            load_file(folder / "model.safetensors"),
-            load_file(folder / "optimizer.safetensors"),
-            Progress(**progress),
-        )
+        return folder
     return None
+
+
+def read_progress(folder: Path) -> Progress:
+    """Where a run was when it wrote this checkpoint."""
+    return Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+
+
+def load(folder: Path) -> Restored:
+    """Read a checkpoint that `newest` has found whole."""
+    return Restored(
+        load_file(folder / "model.safetensors"),
+        load_file(folder / "optimizer.safetensors"),
+        read_progress(folder),
+    )
 
 
 def save_best(path: Path, model: Tensors, best: Mapping[str, Any]) -> None:
@@ -123,9 +136,7 @@ def save_best(path: Path, model: Tensors, best: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(_plain(model), temporary, metadata={"best": json.dumps(dict(best))})
-    _fsync(temporary)
-    temporary.rename(path)
-    _fsync(path.parent)
+    replace(temporary, path)
 
 
 def load_best(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -169,9 +180,9 @@ def _damage(folder: Path) -> str | None:
         )
     if files.keys() != set(_FILES):
         return "its manifest is damaged"
-    for name, (size, sha256) in files.items():
+    for name, (size, digest) in files.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != size or _sha256(path) != sha256:
+        if not path.is_file() or path.stat().st_size != size or sha256(path) != digest:
             return f"{name} is damaged"
     return None
 
@@ -179,16 +190,3 @@ def _damage(folder: Path) -> str | None:
 def _plain(tensors: Tensors) -> dict[str, torch.Tensor]:
     """What safetensors can write: contiguous tensors that share no memory, on the CPU."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,25 +1,25 @@
 """The commands: parse, delegate, turn outcomes into exit codes. torch is imported only where it is needed.
 
 Exit codes: 0 done, 2 bad input or configuration, 75 stopped by a signal with everything saved, 1 anything else.
+A command runs in this process; `--nproc N` starts N of them unless a launcher (accelerate, torchrun) has done so.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import signal
+import os
 import sys
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from tlearn import __version__
-from tlearn.errors import DivergedError, StoppedBySignalError, TlearnError
-
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+from tlearn.errors import EXPECTED, TlearnError
+from tlearn.signals import handled_by, stop
 
 app = typer.Typer(
     name="tlearn",
@@ -39,6 +39,12 @@ class ResumeMode(StrEnum):
 
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+NprocOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Processes on this machine. Under a launcher: how many it must have started.", show_default="1"
+    ),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -78,22 +84,18 @@ def train(
     config: Annotated[list[str] | None, typer.Argument(help="[CONFIG.yaml] [a.b=c ...]", show_default=False)] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A short run on small images; see quick.* options.")] = False,
     run: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<time>-<strategy>.")] = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    nproc: NprocOption = None,
     resume: Annotated[ResumeMode, typer.Option(help="Go on with the run in the folder?")] = ResumeMode.auto,
 ) -> None:
     """Train and evaluate a classifier. Without CONFIG, --run RUN goes on with the run in RUN."""
     from tlearn.configfile import load_config
 
-    if nproc > 1:
-        raise TlearnError(f"--nproc {nproc}: several processes are not supported yet; leave --nproc out")
     file, overrides = _split_arguments(config or [])
-    names_data = any(o.startswith("data") for o in overrides)
+    names_data = any(o.partition("=")[0] in ("data", "data.path") for o in overrides)
     if file is None and not names_data and run is not None and (run / "config.yaml").is_file():
         file = run / "config.yaml"
     parsed = load_config(file, overrides, quick=quick)
-    from tlearn.run import train as start
-
-    start(parsed, run, resume=resume.value)
+    _in_processes("tlearn.run:train", nproc, parsed, run, resume.value)
 
 
 @app.command()
@@ -146,12 +148,51 @@ def predict(
         raise TlearnError(f"none of {len(predictions)} files could be read")
 
 
+@app.command()
+def doctor(nproc: NprocOption = None, as_json: JsonFlag = False) -> None:
+    """Show what the processes of a run see, test that they reach each other, and say what is wrong."""
+    from tlearn.console import print_result
+
+    report = _in_processes("tlearn.doctor:examine", nproc)
+    if int(os.environ.get("RANK") or 0) > 0:
+        return
+    if as_json:
+        _print_json(report)
+    else:
+        from tlearn.doctor import report_table
+
+        print_result(report_table(report))
+        print_result("precision: " + ", ".join(report["precision"]))
+        print_result(", ".join(f"{name} {version}" for name, version in report["versions"].items()))
+        print_result("\n".join(report["problems"]) or "no problem found")
+    if report["problems"]:
+        raise typer.Exit(1)
+
+
 def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
     """[CONFIG.yaml] [a.b=c ...] in any order."""
     files = [a for a in arguments if "=" not in a.partition("/")[0]]
     if len(files) > 1:
         raise TlearnError(f"one config file at most, got {', '.join(files)}; options are written a.b=c")
     return Path(files[0]) if files else None, [a for a in arguments if a not in files]
+
+
+def _in_processes(function: str, nproc: int | None, *arguments: Any) -> Any:
+    """What `module:function` returns here, or on rank 0 of `nproc` processes."""
+    launched = os.environ.get("WORLD_SIZE")
+    if nproc is not None and launched not in (None, str(nproc)):
+        raise TlearnError(f"--nproc {nproc}: the launcher has started {launched} processes; make the two numbers equal")
+    if nproc is not None and nproc > 1 and launched is None:
+        from tlearn.launch import run_ranks
+
+        return run_ranks(call, (function, *arguments), nproc)[0]
+    return call(function, *arguments)
+
+
+def call(function: str, *arguments: Any) -> Any:
+    """Import `module:function` and call it. By name, so that this process need not import what only ranks use."""
+    module, _, name = function.partition(":")
+    return getattr(import_module(module), name)(*arguments)
 
 
 def _print_json(document: Any) -> None:
@@ -163,24 +204,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a file name may be anything
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        app()
-    except TlearnError as error:
-        print(f"tlearn: {error}", file=sys.stderr)
-        sys.exit(2)
-    except DivergedError as error:
-        print(f"tlearn: {error}", file=sys.stderr)
-        sys.exit(1)
-    except StoppedBySignalError as stopped:
-        print(f"tlearn: {stopped}", file=sys.stderr)
-        sys.exit(STOPPED)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    """Outside of training (which sets a flag instead): whatever is under way can be started again."""
-    name = signal.Signals(number).name
-    raise StoppedBySignalError(f"stopped by {name}; start the same command again to go on")
+        with handled_by(stop):
+            app()
+    except EXPECTED as error:
+        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("RANK") or 0) > 0 else ""
+        print(f"tlearn{rank}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -13,6 +13,7 @@ StrategyName = Literal["feature_extraction", "partial", "full", "staged", "progr
 Pair = Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists only
 Rule = Annotated[tuple[str, Annotated[float, Field(ge=0)]], Field(strict=False)]
 Epochs = Annotated[int, Field(ge=1, le=10**6)]
+Duration = Annotated[float, Field(gt=0)] | Annotated[str, Field(pattern=r"^(100|[1-9]\d?(\.\d+)?|0\.\d*[1-9]\d*)%$")]
 
 
 class Section(BaseModel):
@@ -48,11 +49,29 @@ class Augment(Section):
         return value
 
 
+class Stream(Section):
+    """What an index would say of shards that have none."""
+
+    val: str = Field(min_length=1)
+    """Shards of the validation images, written like `data.path`."""
+    classes: list[str] = Field(min_length=2)
+    """Names of classes 0, 1, 2, ..."""
+    train_samples: int = Field(ge=1)
+    """Training images: the length of an epoch."""
+    val_samples: int = Field(ge=1)
+    """Validation images; evaluation fails if it counts others."""
+
+
 class Data(Section):
     """Which images, at which size, and how they are fed."""
 
     path: str
-    """A folder of class folders, or the output of `tlearn prepare`."""
+    """A folder of class folders, or the output of `tlearn prepare`; for `reader: stream` WebDataset shards, as
+    `FOLDER/train-{000000..000127}.tar`, http URLs or `pipe:COMMAND`."""
+    reader: Literal["indexed", "stream"] = "indexed"
+    """stream: shards without an index, read from start to end (tlearn/data/stream.py says what that gives up)."""
+    stream: Stream | None = None
+    """What an index would say; for `reader: stream` only."""
     image_size: int | None = Field(None, ge=16, le=2048)
     """Side of the square the model sees, px. Default: the size its weights were trained for."""
     fit: Literal["crop", "pad", "squash"] = "crop"
@@ -76,6 +95,8 @@ class Model(Section):
     """`default` or a tag (from the library's hub), a file (.safetensors, .pth), `package:NAME`, or `random`."""
     batch_norm: Literal["auto", "frozen", "train"] = "auto"
     """Running statistics of trainable BatchNorm layers; auto: frozen with pretrained weights, else train."""
+    sync_batchnorm: bool = False
+    """Batch statistics over all processes instead of each its own (accelerators only)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the head (backbones that offer it)."""
 
@@ -148,8 +169,8 @@ class CosineWarmRestarts(_Warmup):
     """SGDR (Loshchilov & Hutter 2017): cosine cycles, each `t_mult` times as long as the one before."""
 
     name: Literal["cosine_warm_restarts"] = "cosine_warm_restarts"
-    t_0: float = Field(1.0, gt=0)
-    """Length of the first cycle, epochs."""
+    t_0: Duration = 1.0
+    """Length of the first cycle: epochs, or a share of the stage (`25%`; `100%` is one cycle a stage)."""
     t_mult: int = Field(2, ge=1)
     """Growth of the cycle length from one restart to the next."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
@@ -196,6 +217,8 @@ class Batch(Section):
     """Images per optimizer step over all processes: the only batch knob."""
     micro: int | None = Field(None, ge=1)
     """At most this many images per process at once; the rest of the batch is accumulated. Default: no limit."""
+    find: bool = False
+    """Halve `micro` at the start of a stage until a step fits the memory of every process."""
 
 
 class SaveEvery(Section):
@@ -264,8 +287,8 @@ class Config(Section):
     """How many images make one optimizer step."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Largest L2 norm of the gradient; null: no clipping."""
-    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
-    """auto: bf16 on CUDA devices that support it, else fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
+    """auto: bf16 where it pays (CUDA devices that have it, CPUs on which it was measured to be faster), else fp32."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Of everything random: order, augmentation, initial weights, dropout."""
     save_every: SaveEvery = SaveEvery()
@@ -291,6 +314,20 @@ class Config(Section):
         if isinstance(raw, dict) and raw.get("strategy") == "scratch" and isinstance(raw.get("model", {}), dict):
             raw = {**raw, "model": {"weights": "random", **raw.get("model", {})}}
         return raw
+
+    @model_validator(mode="after")
+    def _reader_has_what_it_needs(self) -> Config:
+        data = self.data
+        if data.reader == "indexed" and data.stream is not None:
+            raise ValueError("data.stream has no effect with data.reader: indexed; set data.reader=stream")
+        if data.reader == "stream":
+            if data.stream is None:
+                raise ValueError("data.reader: stream needs data.stream (val, classes, train_samples, val_samples)")
+            if data.max_train is not None or data.max_val is not None:
+                raise ValueError("data.max_train and data.max_val need an index; set data.stream.train_samples instead")
+            if self.objective.class_weight != "none":
+                raise ValueError("objective.class_weight needs counts from an index; data.reader: stream has none")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

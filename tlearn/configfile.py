@@ -93,11 +93,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
     source = f"{path}" if path is not None else "the command line"
     explicit = {leaf for key, value in given.items() for leaf in _dict_leaves(key, value)}
     config = _validate(raw, source, explicit)
-    if "epochs" in explicit and config.stages is not None:
-        raise TlearnError(
-            "the command line: epochs has no effect where stages are listed; set stages.0.epochs, or strategy=NAME "
-            "to make new stages"
-        )
+    _check_effect(config, explicit, quick=quick)
     if not quick:
         return config
     raw = config.model_dump(mode="json", exclude_unset=True)
@@ -106,6 +102,26 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
         if not any(key == other or key.startswith(f"{other}.") for other in explicit):
             _put(raw, key, value)
     return _validate(raw, f"{source} with --quick", explicit)
+
+
+def _check_effect(config: Config, given: Iterable[str], *, quick: bool) -> None:
+    """What somebody typed and would not be used is a mistake."""
+    for key in given:
+        section = key.partition(".")[0]
+        if section == "quick" and not quick:
+            raise TlearnError(f"the command line: {key} has no effect without --quick")
+        if config.stages is None:
+            continue
+        if key == "epochs":
+            raise TlearnError(
+                "the command line: epochs has no effect where stages are listed; set stages.0.epochs, or strategy=NAME "
+                "to make new stages"
+            )
+        if section in ("optimizer", "schedule") and all(getattr(stage, section) for stage in config.stages):
+            raise TlearnError(
+                f"the command line: {key} has no effect: every stage names its own {section}; "
+                f"set stages.0.{key}, or strategy=NAME to make new stages"
+            )
 
 
 def dump_config(config: Config) -> str:
@@ -148,8 +164,11 @@ def _quick_changes(config: Config) -> Iterator[tuple[str, Any]]:
     """What `--quick` sets: the same stages on fewer and smaller images, shorter, their schedules in proportion."""
     quick = config.quick
     yield "data.image_size", min(config.data.image_size or quick.image_size, quick.image_size)
-    for key in ("max_train", "max_val"):
-        yield f"data.{key}", min(getattr(config.data, key) or quick.samples, quick.samples)
+    if config.data.stream is not None:
+        yield "data.stream.train_samples", min(config.data.stream.train_samples, quick.samples)
+    else:
+        for key in ("max_train", "max_val"):
+            yield f"data.{key}", min(getattr(config.data, key) or quick.samples, quick.samples)
     yield "batch.size", min(config.batch.size, quick.samples)
     if config.stages is None:
         epochs = min(config.epochs, quick.epochs)
@@ -183,7 +202,8 @@ def _shortened(key: str, schedule: Any, ratio: float) -> Iterator[tuple[str, Any
     """Everything in a schedule that is measured in epochs."""
     if ratio < 1:
         for name in ("warmup_epochs", "step_epochs", "t_0"):
-            if value := getattr(schedule, name, None):
+            value = getattr(schedule, name, None)
+            if value and not isinstance(value, str):  # shares of the stage shrink with it
                 yield f"{key}.{name}", value * ratio
 
 

@@ -26,6 +26,11 @@ def configure(*, quiet: bool = False, log: Path | None = None) -> None:
     _log = None if quiet else log
 
 
+def is_quiet() -> bool:
+    """Whether this process shows nothing."""
+    return _console.quiet
+
+
 def show(message: RenderableType) -> None:
     """Print a line of text (no markup) or a table."""
     _console.print(message, markup=False, soft_wrap=isinstance(message, str))

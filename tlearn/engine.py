@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -17,20 +15,18 @@ from tlearn import checkpoint
 from tlearn.checkpoint import Progress
 from tlearn.config import Config, SaveEvery, Stage
 from tlearn.console import progress_bar, show
-from tlearn.data.loader import Batch, Loader, Share, train_loader
-from tlearn.data.order import mix, mix_array
-from tlearn.data.shards import Split
-from tlearn.errors import DivergedError, StoppedBySignalError, TlearnError
+from tlearn.data.loader import Batch, Share, Steps
+from tlearn.data.order import mix
+from tlearn.errors import StoppedBySignalError
 from tlearn.evaluate import evaluate
 from tlearn.folder import RunFolder
+from tlearn.ledger import Ledger
 from tlearn.models.build import Model
 from tlearn.objectives import LossSum, Objective
 from tlearn.optim import build_optimizer, load_named_state, lr_factor, named_state, set_learning_rates
+from tlearn.replicas import average_statistics, check_replicas, find_micro_batch, warm_up
 from tlearn.runtime import Runtime
-from tlearn.tracking import Row, Tracker
-
-MAX_REJECTED = 20
-"""So many steps in a row with a gradient that is not finite end the run."""
+from tlearn.tracking import Tracker
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -43,8 +39,9 @@ class Run:
     runtime: Runtime
     folder: RunFolder
     classes: tuple[str, ...]
-    train_split: Split
-    val_loader: Loader
+    train_loader: Callable[[int, Share], Steps]
+    """(image size in px, share) -> the training images of a stage."""
+    val_loader: Steps
     share: Share
     model: Model
     objective: Objective
@@ -84,17 +81,23 @@ def run_stage(
         StoppedBySignalError: after everything was saved.
         TlearnError: a trainable parameter without gradient.
         DivergedError: gradients that stay non-finite.
+        RankFailedError: the ranks do not hold the same model.
     """
     assert stage.optimizer is not None
     assert stage.schedule is not None
+    assert stage.image_size is not None
     config, runtime, model, progress = run.config, run.runtime, run.model, run.progress
     model.set_trainable(multipliers)
+    check_replicas(runtime, model.net, f"at the start of stage {stage.name}")
     optimizer = build_optimizer(stage.optimizer, model.net, multipliers)
     load_named_state(optimizer, optimizer_state)
-    shell, stepper = runtime.accelerator.prepare(Shell(run.objective), optimizer)
-    loader = _stage_loader(run, stage)
+    shell, stepper = runtime.prepare(Shell(run.objective), optimizer)
+    runtime.load_scaler(progress.scaler)
+    share = _fitting_share(run, shell, optimizer, stage.image_size) if config.batch.find else run.share
+    warm_up(runtime, shell, model.net, optimizer, stage.image_size)
+    loader = run.train_loader(stage.image_size, share)
     total = stage.epochs * loader.steps_per_epoch
-    ledger = _Ledger(run, stage)
+    ledger = Ledger(runtime, run.objective, run.tracker, progress, stage.name, audit=config.run.audit)
     started = time.perf_counter()
 
     with (
@@ -110,14 +113,14 @@ def run_stage(
             ledger.add(sums, micro_batches, first_epoch + int(epoch), rates)
             advance(note=ledger.note)
             if progress.stage_step % loader.steps_per_epoch == 0:
-                _finish_epoch(run, ledger, first_epoch + int(epoch))
+                _finish_epoch(run, ledger, stage, first_epoch + int(epoch))
             if ledger.stop or _save_is_due(config.save_every, progress, loader.steps_per_epoch, total):
                 ledger.settle()
                 _save(run, optimizer)
                 ledger.pause()
             if ledger.stop:
                 raise StoppedBySignalError(
-                    f"stopped by {runtime.stop.signal or 'another process'}, everything is saved; "
+                    f"stopped by {runtime.stop.signal or 'a signal to another process'}, everything is saved; "
                     f"go on with: tlearn train --run {run.folder.path}"
                 )
     run.tracker.log(
@@ -137,19 +140,14 @@ def run_stage(
     return named_state(optimizer)
 
 
-def _stage_loader(run: Run, stage: Stage) -> Loader:
-    assert stage.image_size is not None
-    config, runtime = run.config, run.runtime
-    return train_loader(
-        run.train_split,
-        replace(run.model.preprocessing, size_px=stage.image_size),
-        config.data.augment,
-        run.share,
-        seed=config.seed,
-        device=runtime.device,
-        dtype=runtime.dtype,
-        workers=config.data.workers,
-    )
+def _fitting_share(run: Run, shell: nn.Module, optimizer: torch.optim.Optimizer, size_px: int) -> Share:
+    """The run's share of a batch in micro-batches that fit the memory of every process."""
+    per_process = -(-run.share.batch_size // run.share.world_size)
+    largest = -(-per_process // run.share.accumulate)
+    found = find_micro_batch(run.runtime, shell, optimizer, largest, size_px)
+    if found < largest:
+        show(f"batch.find: {size_px} px fit the memory in micro-batches of {found}")
+    return replace(run.share, accumulate=-(-per_process // found))
 
 
 def _train_step(
@@ -172,9 +170,8 @@ def _train_step(
             accelerator.backward(out.loss * (runtime.world_size / weight))
         sums[0] += out.loss.detach()
         sums[1] += out.correct
+    average_statistics(runtime, run.model.moving_statistics)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if progress.stage_step == 0:
-        _check_gradients(optimizer)
     norm = accelerator.clip_grad_norm_(parameters, run.config.clip_norm or float("inf"))
     # fused optimizers skip a step where found_inf is 1, without a synchronisation; the norm is equal on all ranks
     rejected = (~torch.isfinite(norm)).float().reshape(())
@@ -188,94 +185,11 @@ def _train_step(
     return runtime.sum(sums)
 
 
-def _check_gradients(optimizer: torch.optim.Optimizer) -> None:
-    missing = [
-        name
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["names"], group["params"], strict=True)
-        if parameter.grad is None
-    ]
-    if missing:
-        raise TlearnError(
-            f"stages: {len(missing)} trainable parameters get no gradient ({', '.join(missing[:3])}): the model "
-            "does not use them; freeze them with a rule of multiplier 0"
-        )
-
-
-class _Ledger:
-    """Turns the sums of a step into a row of metrics, one step late, so that the device never waits for the log."""
-
-    def __init__(self, run: Run, stage: Stage) -> None:
-        self.run, self.stage = run, stage
-        self.stop = False
-        self.note = ""
-        self._pending: tuple[Row, Callable[[], list[float]], float, int] | None = None
-        self._clock = time.perf_counter()
-
-    def add(self, sums: torch.Tensor, micro_batches: list[Batch], epoch: int, rates: dict[str, float]) -> None:
-        """Count a step that was just taken; settles the one before."""
-        self.settle()
-        progress, labels = self.run.progress, micro_batches[0].global_labels
-        progress.step += 1
-        progress.stage_step += 1
-        progress.samples += len(labels)
-        row: Row = {
-            "kind": "step",
-            "stage": self.stage.name,
-            "epoch": epoch,
-            "step": progress.step,
-            "samples": progress.samples,
-            "lr": rates,
-        }
-        if self.run.config.run.audit:
-            row["batch_hash"] = _batch_hash(self.run.runtime, micro_batches)
-        self._pending = row, self.run.runtime.fetch(sums), self.run.objective.weight(labels), len(labels)
-
-    def settle(self) -> None:
-        """Read the sums of the last step and log it."""
-        if self._pending is None:
-            return
-        (row, read, weight, n), self._pending = self._pending, None
-        loss, correct, rejected, stop = read()
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        progress = self.run.progress
-        progress.seconds += seconds
-        row |= {"train/loss": loss / weight if math.isfinite(loss) else None, "images_per_s": round(n / seconds, 2)}
-        if rejected:
-            row["rejected"] = True
-            progress.rejected += 1
-        else:
-            progress.rejected = 0
-            for name, value in {"loss": loss, "weight": weight, "correct": correct, "n": n}.items():
-                progress.epoch_sums[name] = progress.epoch_sums.get(name, 0.0) + value
-        self.stop = stop > 0
-        self.note = f"loss {loss / weight:.3f}"
-        self.run.tracker.log(row)
-        if progress.rejected >= MAX_REJECTED:
-            raise DivergedError(
-                f"stage {self.stage.name}: {progress.rejected} steps in a row had a gradient that is not finite; "
-                "try a lower optimizer.lr, or precision=fp32. The last good checkpoint is kept"
-            )
-
-    def pause(self) -> None:
-        """Leave the time since the last step out of the speed (evaluation, saving)."""
-        self._clock = time.perf_counter()
-
-
-def _batch_hash(runtime: Runtime, micro_batches: list[Batch]) -> str:
-    """An order-free hash of the sample keys of the global batch."""
-    total = torch.zeros((), dtype=torch.int64, device=runtime.device)
-    for batch in micro_batches:
-        hashes = mix_array(0, batch.keys.numpy().view(np.uint64))
-        total += int(hashes.sum(dtype=np.uint64).view(np.int64))
-    return f"{int(runtime.sum(total)) & (1 << 64) - 1:016x}"
-
-
-def _finish_epoch(run: Run, ledger: _Ledger, epoch: int) -> None:
+def _finish_epoch(run: Run, ledger: Ledger, stage: Stage, epoch: int) -> None:
     """Evaluate, log the epoch, keep the best weights; `epoch` counts over all stages."""
     ledger.settle()
-    progress, size_px, stage = run.progress, run.model.preprocessing.size_px, ledger.stage
+    progress, size_px = run.progress, run.model.preprocessing.size_px
+    check_replicas(run.runtime, run.model.net, f"after epoch {epoch + 1}")
     val = evaluate(run.runtime, run.model.net, run.val_loader, run.classes)
     run.model.train()
     sums, progress.epoch_sums = progress.epoch_sums, {}
@@ -315,7 +229,8 @@ def _save_is_due(every: SaveEvery, progress: Progress, steps_per_epoch: int, tot
 
 
 def _save(run: Run, optimizer: torch.optim.Optimizer) -> None:
+    run.progress.scaler = run.runtime.scaler_state()
     if run.runtime.is_main:
         run.progress.wandb_id = run.tracker.wandb_id
         checkpoint.save(run.folder.checkpoints, run.model.net.state_dict(), named_state(optimizer), run.progress)
-    run.runtime.accelerator.wait_for_everyone()
+    run.runtime.wait()

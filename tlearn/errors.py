@@ -1,13 +1,32 @@
-"""What tlearn raises on purpose."""
+"""What tlearn raises on purpose, and the exit codes that these become."""
 
 
 class TlearnError(ValueError):
-    """Bad input or configuration: the message names the file or key and the way to mend it (exit code 2)."""
+    """Bad input or configuration: the message names the file or key and the way to mend it."""
+
+    exit_code = 2
 
 
 class DivergedError(RuntimeError):
-    """Training produces nothing but non-finite gradients (exit code 1)."""
+    """Training produces nothing but non-finite gradients."""
+
+    exit_code = 1
 
 
-class StoppedBySignalError(Exception):
-    """A signal asked the run to stop; everything is saved and `--resume auto` goes on from there (exit code 75)."""
+class RankFailedError(RuntimeError):
+    """One of several processes was killed or failed, or they no longer agree."""
+
+    exit_code = 1
+
+
+class StoppedBySignalError(BaseException):
+    """A signal asked the run to stop; everything is saved and `--resume auto` goes on from there.
+
+    Like KeyboardInterrupt no Exception: nothing that handles the errors of a broken file may swallow it.
+    """
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+EXPECTED = (TlearnError, DivergedError, RankFailedError, StoppedBySignalError)
+"""These end the program with their message and their `exit_code`, without a traceback."""

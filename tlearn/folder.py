@@ -11,24 +11,23 @@ best/             model.safetensors and model.json: what `load` needs
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from tlearn import checkpoint, console
-from tlearn.checkpoint import Restored
 from tlearn.config import Config
 from tlearn.configfile import differing_keys, dump_config, load_config
 from tlearn.errors import TlearnError
+from tlearn.files import write_json, write_text
 from tlearn.models.build import Model
-from tlearn.runtime import Runtime
 
 Resume = Literal["auto", "never", "must"]
 
-FREE_TO_CHANGE = ("data.workers", "save_every.", "tracking.")
-"""Options in which a run and its resumption may differ: they do not change the numbers."""
+FREE_TO_CHANGE = ("data.path", "data.workers", "save_every.", "tracking.")
+"""Options in which a run and its resumption may differ: they do not change the numbers. (That data at another place
+are the same shows their fingerprint.)"""
 
 
 class RunFolder:
@@ -42,16 +41,27 @@ class RunFolder:
         self.card = path / "best" / "model.json"
         self.result = path / "result.json"
 
-    def restore(self, config: Config, data_fingerprint: str, resume: Resume) -> Restored | None:
+    @classmethod
+    def named(cls, path: str | Path | None, config: Config) -> RunFolder:
+        """The folder a user named, or a new one."""
+        return cls(Path(path) if path is not None else new_path(config))
+
+    def precision_of(self, config: Config) -> str:
+        """What the config asks for; `auto` is what the run in this folder began with, wherever it goes on."""
+        if config.precision == "auto" and self.config.is_file():
+            return load_config(self.config).precision
+        return config.precision
+
+    def newest_checkpoint(self, config: Config, data_fingerprint: str, resume: Resume) -> Path | None:
         """Where the run in this folder stopped; None: it starts from the beginning. Writes nothing.
 
         Raises:
             TlearnError: the folder holds something else, a run with other options, or not what `resume` asks for.
         """
+        found = None
         if not self.config.exists():
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise TlearnError(f"{self.path}: is not empty and holds no run; choose another --run")
-            restored = None
         elif resume == "never":
             raise TlearnError(f"{self.path}: holds a run; choose another --run, or --resume auto to go on with it")
         else:
@@ -60,27 +70,34 @@ class RunFolder:
                 raise TlearnError(
                     "\n  ".join([f"{self.path}: holds a run with other options; choose another --run:", *differing])
                 )
-            restored = checkpoint.load_newest(self.checkpoints)
-            if restored and restored.progress.data_fingerprint != data_fingerprint:
+            found = checkpoint.newest(self.checkpoints)
+            if found and checkpoint.read_progress(found).data_fingerprint != data_fingerprint:
                 raise TlearnError(f"{self.path}: {config.data.path} holds other images than when this run began")
-        if resume == "must" and restored is None:
+        if resume == "must" and found is None:
             raise TlearnError(f"{self.path}: no checkpoint to resume from")
-        return restored
+        return found
 
-    def open(self, config: Config, runtime: Runtime, model: Model, classes: tuple[str, ...]) -> None:
+    def open(
+        self, config: Config, environment: dict[str, Any], model: Model, classes: tuple[str, ...], fingerprint: str
+    ) -> None:
         """Make the folder and record what the run is made of; from here on what is shown is logged too."""
         card = {
             "backbone": model.backbone,
             "head": model.head,
             "weights": model.weights,
             "classes": list(classes),
+            "data_fingerprint": fingerprint,
             "preprocessing": asdict(model.preprocessing),
         }
         self.card.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.card, card)
-        write_json(self.path / "environment.json", runtime.environment())
+        write_json(self.path / "environment.json", environment)
         write_text(self.config, f"# tlearn train {self.config} --run NEW   runs this again\n{dump_config(config)}")
         console.configure(log=self.path / "log.txt")
+
+    def close(self) -> None:
+        """What is shown from here on belongs to something else."""
+        console.configure(quiet=console.is_quiet())
 
 
 def new_path(config: Config) -> Path:
@@ -88,15 +105,3 @@ def new_path(config: Config) -> Path:
     stem = time.strftime(f"%Y%m%d-%H%M%S-{config.strategy}")
     candidates = (Path("runs") / (stem if i == 0 else f"{stem}-{i}") for i in range(10**6))
     return next(path for path in candidates if not path.exists())
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Readable JSON, whole or not at all."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)

@@ -4,34 +4,57 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+BINS = 15
+"""Of confidence, for the calibration error (as in Guo et al. 2017)."""
 
-def classification_report(
-    confusion: npt.NDArray[np.int64], classes: Sequence[str], loss_sum: float, n_expected: int
-) -> dict[str, Any]:
+
+class Counts(NamedTuple):
+    """What evaluation sums up over samples, and then over ranks."""
+
+    confusion: npt.NDArray[np.int64]
+    """(classes, classes); rows are labels, columns predictions."""
+    top5: int
+    """Samples whose label is among the five largest logits."""
+    loss: float
+    """Sum of the cross-entropy."""
+    confidence: npt.NDArray[np.float64]
+    """(BINS, 3): samples, correct answers and sum of confidences, by the confidence of the answer."""
+
+
+def classification_report(counts: Counts, classes: Sequence[str], n_expected: int) -> dict[str, Any]:
     """Accuracy and per-class measures.
 
+    A loss sum that is not finite is reported as None. The calibration error is the mean distance between confidence
+    and accuracy in BINS equal bins of confidence (Naeini et al. 2015).
+
     Args:
-        confusion: (classes, classes) counts; rows are labels, columns predictions.
+        counts: of all samples.
         classes: names in label order.
-        loss_sum: sum of the cross-entropy over the samples; one that is not finite is reported as None.
         n_expected: samples that should have been counted.
     """
+    confusion = counts.confusion
     n = int(confusion.sum())
     hits = np.diag(confusion)
     actual, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
     recall, precision = _ratio(hits, actual), _ratio(hits, predicted)
     f1 = _ratio(2 * hits, actual + predicted)
     low, high = wilson_interval(int(hits.sum()), n)
+    present = actual > 0
+    in_bin, correct, confidence = counts.confidence.T
     return {
         "top1": int(hits.sum()) / n if n else 0.0,
         "top1_interval95": [low, high],
-        "loss": loss_sum / n if n and math.isfinite(loss_sum) else None,
-        "macro_f1": float(f1[actual > 0].mean()) if n else 0.0,
+        "top5": counts.top5 / n if n else 0.0,
+        "loss": counts.loss / n if n and math.isfinite(counts.loss) else None,
+        "macro_precision": float(precision[present].mean()) if n else 0.0,
+        "macro_recall": float(recall[present].mean()) if n else 0.0,
+        "macro_f1": float(f1[present].mean()) if n else 0.0,
+        "calibration_error": float(np.abs(correct - confidence).sum() / n) if n else 0.0,
         "n": n,
         "n_expected": n_expected,
         "per_class": {
@@ -39,6 +62,7 @@ def classification_report(
             for i, name in enumerate(classes)
         },
         "confusion": confusion.tolist(),
+        "confidence_bins": {"n": in_bin.astype(int).tolist(), "correct": correct.astype(int).tolist()},
     }
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -74,17 +76,18 @@ def _dtype(net: nn.Module) -> torch.dtype:
     return next((parameter.dtype for parameter in net.parameters()), torch.float32)
 
 
-def build_objective(config: ObjectiveConfig, net: nn.Module, per_class: torch.Tensor) -> Objective:
+def build_objective(config: ObjectiveConfig, net: nn.Module, per_class: npt.NDArray[np.int64] | None) -> Objective:
     """The configured objective.
 
     Args:
         config: `objective` of the run.
         net: the model.
-        per_class: (classes,) training samples of each class.
+        per_class: (classes,) training samples of each class; None where they are not known.
     """
     weight = None
     if config.class_weight == "inverse":
-        counts = per_class.double().clamp(min=1)
+        assert per_class is not None
+        counts = torch.from_numpy(per_class).double().clamp(min=1)
         weight = counts.sum() / (len(counts) * counts)
     return OBJECTIVES[config.name](net, weight, config.label_smoothing)
 

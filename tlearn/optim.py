@@ -119,7 +119,12 @@ def lr_factor(schedule: ScheduleConfig, epoch: float, epochs: int) -> float:
         case Cosine():
             return _cosine(min(t / total, 1.0), schedule.min_lr_ratio)
         case CosineWarmRestarts():
-            return _cosine(_cycle_position(t, schedule.t_0, schedule.t_mult), schedule.min_lr_ratio)
+            return _cosine(_cycle_position(t, _epochs_of(schedule.t_0, total), schedule.t_mult), schedule.min_lr_ratio)
+
+
+def _epochs_of(duration: float | str, total: float) -> float:
+    """Epochs of a number of epochs, or of a share such as `25%`."""
+    return duration if isinstance(duration, float | int) else float(duration[:-1]) / 100 * total
 
 
 def _cosine(position: float, floor: float) -> float:

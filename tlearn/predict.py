@@ -13,20 +13,19 @@ from tlearn import checkpoint
 from tlearn.config import Config
 from tlearn.configfile import load_config
 from tlearn.data.decode import UnreadableImageError
-from tlearn.data.loader import Share, eval_loader
+from tlearn.data.loader import EVAL_IMAGES, Share, Steps, eval_loader
 from tlearn.data.plan import Options
-from tlearn.data.prepare import open_or_prepare, prepare_cached
+from tlearn.data.prepare import prepare_cached
 from tlearn.data.scan import split_folders
-from tlearn.data.shards import INDEX, Split, read_index
+from tlearn.data.shards import INDEX, read_index
+from tlearn.data.source import open_source
 from tlearn.data.transforms import EvalTransform, Preprocessing, normalise
 from tlearn.errors import TlearnError
 from tlearn.evaluate import evaluate
 from tlearn.folder import RunFolder
 from tlearn.models.backbones import build_backbone
 from tlearn.models.build import replace_head
-from tlearn.runtime import Runtime, start
-
-BATCH_SIZE = 32
+from tlearn.runtime import Runtime
 
 
 class Prediction(NamedTuple):
@@ -46,6 +45,7 @@ class Classifier:
         classes: names in label order.
         preprocessing: what it was trained and evaluated with.
         config: of the run.
+        data_fingerprint: of the data it was trained on.
     """
 
     def __init__(
@@ -55,17 +55,18 @@ class Classifier:
         preprocessing: Preprocessing,
         runtime: Runtime,
         config: Config,
+        data_fingerprint: str,
     ) -> None:
         self.net, self.classes, self.preprocessing, self.runtime = net, tuple(classes), preprocessing, runtime
-        self.config = config
+        self.config, self.data_fingerprint = config, data_fingerprint
 
     def predict(self, paths: Sequence[str | Path], topk: int = 5) -> list[Prediction]:
         """The `topk` most likely classes of every file, in the files' order; unreadable files carry an error."""
         found: dict[int, Prediction] = {}
         transform = EvalTransform(self.preprocessing)
-        for start_at in range(0, len(paths), BATCH_SIZE):
+        for start_at in range(0, len(paths), EVAL_IMAGES):
             images: dict[int, torch.Tensor] = {}
-            for i in range(start_at, min(start_at + BATCH_SIZE, len(paths))):
+            for i in range(start_at, min(start_at + EVAL_IMAGES, len(paths))):
                 try:
                     images[i] = torch.from_numpy(transform(Path(paths[i]).read_bytes()))
                 except UnreadableImageError as error:
@@ -87,33 +88,25 @@ class Classifier:
             data: classes may be missing in it. Default: what the run itself held out.
 
         Raises:
-            TlearnError: classes that the model does not know.
+            TlearnError: classes that the model does not know, or a run's data that are no longer the same.
         """
-        splits = self._held_out() if data is None else self._foreign(Path(data).expanduser())
-        results: dict[str, Any] = {}
-        for name in ("val", "test"):
-            if name in splits:
-                loader = eval_loader(
-                    splits[name],
-                    self.preprocessing,
-                    Share(BATCH_SIZE),
-                    device=self.runtime.device,
-                    dtype=self.runtime.dtype,
-                    workers=self.config.data.workers,
-                )
-                results[name] = evaluate(self.runtime, self.net, loader, self.classes)
-        if not results:
+        loaders = self._held_out() if data is None else self._foreign(Path(data).expanduser())
+        if not loaders:
             raise TlearnError(f"{data}: has no val or test images")
+        results = {name: evaluate(self.runtime, self.net, loader, self.classes) for name, loader in loaders.items()}
         return results | {"image_size_px": self.preprocessing.size_px}
 
-    def _held_out(self) -> dict[str, Split]:
-        config = self.config.data
-        splits = dict(open_or_prepare(config.path).splits)
-        if config.max_val is not None:
-            splits["val"] = splits["val"].balanced(config.max_val, self.config.seed)
-        return splits
+    def _held_out(self) -> dict[str, Steps]:
+        source = open_source(self.config)
+        if source.fingerprint != self.data_fingerprint:
+            raise TlearnError(
+                f"{self.config.data.path}: holds other images than when this run was trained: it may have trained on "
+                "what is held out now; name what is to be scored with --data"
+            )
+        where = self.preprocessing, Share(EVAL_IMAGES), self.runtime.device, self.runtime.dtype
+        return {name: source.eval_loader(name, *where) for name in ("val", "test") if name in source.sizes}
 
-    def _foreign(self, path: Path) -> dict[str, Split]:
+    def _foreign(self, path: Path) -> dict[str, Steps]:
         if (path / INDEX).is_file():
             index = read_index(path)
         else:
@@ -122,7 +115,18 @@ class Classifier:
         if unknown := sorted(set(index.classes) - set(self.classes)):
             raise TlearnError(f"{path}: classes that the model does not know: {', '.join(unknown[:5])}")
         labels = [self.classes.index(name) for name in index.classes]
-        return {name: split.relabelled(labels) for name, split in index.splits.items()}
+        return {
+            name: eval_loader(
+                index.splits[name].relabelled(labels),
+                self.preprocessing,
+                Share(EVAL_IMAGES),
+                device=self.runtime.device,
+                dtype=self.runtime.dtype,
+                workers=self.config.data.workers,
+            )
+            for name in ("val", "test")
+            if name in index.splits
+        }
 
     def _probabilities(self, images: torch.Tensor) -> torch.Tensor:
         batch = normalise(images.to(self.runtime.device), self.preprocessing, self.runtime.dtype)
@@ -145,9 +149,11 @@ def load(run: str | Path) -> Classifier:
     about: dict[str, Any] = card["preprocessing"]
     preprocessing = Preprocessing(**about | {name: tuple(about[name]) for name in ("mean", "std")})
     config = load_config(folder.config)
-    runtime = start(config.precision)
+    runtime = Runtime()
+    # what was trained on another device can be used on this one
+    runtime.set_precision("fp32" if runtime.unsupported(config.precision) else config.precision)
     net = build_backbone(card["backbone"], "random", preprocessing.size_px, 0.0).net
     replace_head(net, len(card["classes"]))
     net.load_state_dict(state)
     net.to(runtime.device, runtime.dtype, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    return Classifier(net, card["classes"], preprocessing, runtime, config)
+    return Classifier(net, card["classes"], preprocessing, runtime, config, card["data_fingerprint"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +10,30 @@ import torch
 
 from tlearn import checkpoint
 from tlearn.checkpoint import Progress
-from tlearn.config import Config
+from tlearn.config import Config, Stage
 from tlearn.console import show
-from tlearn.data.loader import Loader, Share, eval_loader
-from tlearn.data.prepare import open_or_prepare
-from tlearn.data.shards import Index, Split
+from tlearn.data.loader import Share
+from tlearn.data.order import steps_per_epoch
+from tlearn.data.source import Source, open_source
 from tlearn.engine import Run, run_stage
 from tlearn.errors import TlearnError
 from tlearn.evaluate import evaluate
-from tlearn.folder import Resume, RunFolder, new_path, write_json
+from tlearn.files import write_json
+from tlearn.folder import Resume, RunFolder
 from tlearn.models.backbones import full_name
 from tlearn.models.build import Model, build_model
 from tlearn.models.weights import check_weights
 from tlearn.objectives import build_objective
-from tlearn.runtime import Runtime, start
+from tlearn.precision import choose_precision
+from tlearn.runtime import Runtime
+from tlearn.signals import handled_by
 from tlearn.stages import expand, filled, resolve
 from tlearn.tables import show_result, show_stages
 from tlearn.tracking import Tracker
 
 
-def train(config: Config, folder: str | Path | None = None, *, resume: Resume = "auto") -> dict[str, Any]:
-    """Train, evaluate, write a run folder.
+def train(config: Config, folder: str | Path | None = None, resume: Resume = "auto") -> dict[str, Any]:
+    """Train, evaluate, write a run folder. Alone, or as one of several processes.
 
     Args:
         config: the run, from `load_config`.
@@ -45,110 +48,119 @@ def train(config: Config, folder: str | Path | None = None, *, resume: Resume = 
         TlearnError: bad input or configuration; nothing was written.
         StoppedBySignalError: a signal came; everything is saved.
     """
-    runtime = start(config.precision)
-    _check_names(config)
-    index = open_or_prepare(config.data.path)
-    splits = _splits(index, config)
-    share = _share(config, runtime)
-    model = build_model(config, len(index.classes), runtime.dtype)
-    config = _resolved(config, model, runtime)
+    runtime = Runtime()
+    _check_names(config, runtime)
+    source = open_source(config)
+    share = _share(config, runtime, source.sizes["train"])
+    model = build_model(config, len(source.classes))
+    place = runtime.on_main(lambda: RunFolder.named(folder, config))
+    precision, measured = choose_precision(place.precision_of(config), runtime, model)
+    runtime.set_precision(precision)
+    config = _resolved(config, model, precision)
     stages = filled(config)
     sizes = {name: parameter.numel() for name, parameter in model.net.named_parameters()}
     plan = [resolve(stage, list(sizes), model.head, model.blocks) for stage in stages]
+    _check_parts(stages, plan, model, share, source.sizes["train"])
 
-    place = RunFolder(Path(folder) if folder is not None else new_path(config))
-    restored = place.restore(config, index.fingerprint, resume)
-    progress = restored.progress if restored else Progress(data_fingerprint=index.fingerprint)
+    newest = runtime.on_main(lambda: place.newest_checkpoint(config, source.fingerprint, resume))
+    restored = checkpoint.load(newest) if newest else None
+    progress = restored.progress if restored else Progress(data_fingerprint=source.fingerprint)
     optimizer_state: Mapping[str, torch.Tensor] = restored.optimizer if restored else {}
     if restored:
         model.net.load_state_dict(restored.model)
     model.net.to(runtime.device)
     if runtime.is_main:
-        place.open(config, runtime, model, index.classes)
-    counts = torch.from_numpy(splits["train"].per_class(len(index.classes)))
+        place.open(
+            config, runtime.environment() | {"precision_measured": measured}, model, source.classes, source.fingerprint
+        )
+    loading: dict[str, Any] = {"device": runtime.device, "dtype": runtime.dtype}
     run = Run(
         config=config,
         runtime=runtime,
         folder=place,
-        classes=index.classes,
-        train_split=splits["train"],
-        val_loader=_eval_loader(splits["val"], config, model, share, runtime),
+        classes=source.classes,
+        train_loader=lambda size_px, share: source.train_loader(model.sized(size_px), share, **loading),
+        val_loader=source.eval_loader("val", model.preprocessing, share.for_evaluation(), **loading),
         share=share,
         model=model,
-        objective=build_objective(config.objective, model.net, counts).to(runtime.device),
+        objective=build_objective(config.objective, model.net, source.per_class).to(runtime.device),
         tracker=Tracker(config, place.path, progress.step, progress.wandb_id, active=runtime.is_main),
         progress=progress,
     )
-    _introduce(run, index)
+    _introduce(run, source)
     show_stages(stages, plan, sizes)
 
     try:
-        with runtime.catch_signals():
+        with handled_by(runtime.stop.set):
             for number, (stage, multipliers) in enumerate(zip(stages, plan, strict=True)):
                 if number >= progress.stage:
                     first_epoch = sum(s.epochs for s in stages[:number])
                     optimizer_state = run_stage(run, stage, multipliers, first_epoch, optimizer_state)
-        result = _result(run, index, splits)
+        result = _result(run, source)
+        if runtime.is_main:
+            write_json(place.result, result)
+        show_result(place.path, result)
     finally:
         run.tracker.close()
-    if runtime.is_main:
-        write_json(place.result, result)
-    show_result(place.path, result)
+        place.close()
     return result
 
 
-def _check_names(config: Config) -> None:
+def _check_names(config: Config, runtime: Runtime) -> None:
     """What can be known to be wrong before a long `prepare` or download begins."""
+    if reason := runtime.unsupported(config.precision):
+        raise TlearnError(f"precision = {config.precision!r}: {reason}")
+    if config.model.sync_batchnorm and runtime.device.type == "cpu":
+        raise TlearnError("model.sync_batchnorm: needs an accelerator; leave it out on a CPU")
     full_name(config.model.backbone)
     check_weights(config.model.weights)
     filled(config)
 
 
-def _splits(index: Index, config: Config) -> dict[str, Split]:
-    """The splits as the run uses them: capped, and large enough for one batch."""
-    splits = dict(index.splits)
-    for name, limit in (("train", config.data.max_train), ("val", config.data.max_val)):
-        if name not in splits:
-            raise TlearnError(f"{index.root}: has no {name} images; prepare the data again, with --val 0.2, say")
-        if limit is not None:
-            splits[name] = splits[name].balanced(limit, config.seed)
-    if config.batch.size > (n := len(splits["train"])):
-        raise TlearnError(f"batch.size = {config.batch.size}: there are only {n} train images; use batch.size={n}")
-    return splits
-
-
-def _share(config: Config, runtime: Runtime) -> Share:
+def _share(config: Config, runtime: Runtime, n: int) -> Share:
     size, world_size = config.batch.size, runtime.world_size
-    if size < world_size:
-        raise TlearnError(f"batch.size = {size}: smaller than the {world_size} processes that share it")
-    per_process = -(-size // world_size)
+    if size > n:
+        raise TlearnError(f"batch.size = {size}: there are only {n} train images; use batch.size={n}")
+    largest = -(-n // steps_per_epoch(n, size))  # batches are cut evenly
+    per_process = -(-largest // world_size)
     return Share(size, runtime.rank, world_size, accumulate=-(-per_process // (config.batch.micro or per_process)))
 
 
-def _resolved(config: Config, model: Model, runtime: Runtime) -> Config:
+def _check_parts(
+    stages: Sequence[Stage], plan: Sequence[Mapping[str, float]], model: Model, share: Share, n: int
+) -> None:
+    """No process may be left without an image in any micro-batch, nor a train-mode BatchNorm with a single one."""
+    smallest = share.smallest_part(n)
+    for stage, multipliers in zip(stages, plan, strict=True):
+        model.set_trainable(multipliers)
+        needed = 2 if model.moving_statistics else 1
+        if smallest < needed:
+            why = "the BatchNorm layers that it trains need two" if needed == 2 else "every process needs one"
+            fix = "raise batch.size or batch.micro" + (", or set model.batch_norm=frozen" if needed == 2 else "")
+            raise TlearnError(
+                f"batch.size = {share.batch_size}: stage {stage.name} would have micro-batches of {smallest} images "
+                f"({share.world_size} processes, {share.accumulate} parts each); {why}: {fix}"
+            )
+
+
+def _resolved(config: Config, model: Model, precision: str) -> Config:
     """The config with every default that depends on model or machine filled in: what the run folder records."""
     return expand(
         config.model_copy(
             update={
                 "data": config.data.model_copy(update={"image_size": model.preprocessing.size_px}),
                 "model": config.model.model_copy(update={"backbone": model.backbone, "weights": model.weights}),
-                "precision": runtime.precision,
+                "precision": precision,
             }
         )
     )
 
 
-def _eval_loader(split: Split, config: Config, model: Model, share: Share, runtime: Runtime) -> Loader:
-    return eval_loader(
-        split, model.preprocessing, share, device=runtime.device, dtype=runtime.dtype, workers=config.data.workers
-    )
-
-
-def _introduce(run: Run, index: Index) -> None:
-    if leaks := index.meta["leaks"]:
-        show(f"WARNING: {leaks} leaks were found in the data; see {index.root / 'audit.json'}")
-    counts = f"train {len(run.train_split):,}, val {run.val_loader.samples_per_epoch:,}"
-    show(f"data      {run.config.data.path}: {len(index.classes)} classes, {counts}")
+def _introduce(run: Run, source: Source) -> None:
+    if source.warning:
+        show(f"WARNING: {source.warning}")
+    counts = ", ".join(f"{split} {n:,}" for split, n in source.sizes.items())
+    show(f"data      {run.config.data.path}: {len(run.classes)} classes, {counts}")
     show(f"model     {run.model.backbone}, weights {run.model.weights}, {run.model.preprocessing.size_px} px")
     where = f"{run.runtime.device.type}, {run.runtime.precision}, processes: {run.runtime.world_size}"
     show(f"compute   {where}, batch {run.config.batch.size} in {run.share.accumulate} parts each")
@@ -156,24 +168,26 @@ def _introduce(run: Run, index: Index) -> None:
     show(f"run       {run.folder.path}{resumed}")
 
 
-def _result(run: Run, index: Index, splits: Mapping[str, Split]) -> dict[str, Any]:
+def _result(run: Run, source: Source) -> dict[str, Any]:
     """Reload the best weights and score val, and test where there is one."""
     state, best = checkpoint.load_best(run.folder.best)
     run.model.net.load_state_dict(state)
     progress, runtime, net = run.progress, run.runtime, run.model.net
     result = {"val": evaluate(runtime, net, run.val_loader, run.classes)}
-    if "test" in splits:
-        loader = _eval_loader(splits["test"], run.config, run.model, run.share, runtime)
+    if "test" in source.sizes:
+        share = run.share.for_evaluation()
+        loader = source.eval_loader("test", run.model.preprocessing, share, runtime.device, runtime.dtype)
         result["test"] = evaluate(runtime, net, loader, run.classes)
     return result | {
         "best": best,
         "image_size_px": run.model.preprocessing.size_px,
         "world_size": runtime.world_size,
         "steps": progress.step,
+        "rejected_steps": progress.rejected_in_all,
         "seconds": round(progress.seconds, 3),
         "train_images_per_s": round(progress.samples / progress.seconds, 2),
         "backbone": run.model.backbone,
         "weights": run.model.weights,
         "classes": list(run.classes),
-        "data_fingerprint": index.fingerprint,
+        "data_fingerprint": source.fingerprint,
     }

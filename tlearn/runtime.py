@@ -5,55 +5,103 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import Any
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    gather,
+    gather_object,
+    reduce,
+)
+from torch import nn
 
 from tlearn import console
 from tlearn.errors import TlearnError
+from tlearn.signals import StopFlag
+
+RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables by which processes find each other; torchrun, accelerate and `--nproc` set all of them."""
+
+T = TypeVar("T")
 
 _RECORDED = ("tlearn", "torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "pillow", "safetensors")
 
 
-class StopFlag:
-    """Set by a signal, read at step boundaries. A SIGINT after that leaves at once, by KeyboardInterrupt."""
+class Runtime:
+    """Where and how this process computes, alone or with others.
+
+    Raises:
+        TlearnError: an environment in which the processes would not find each other.
+    """
+
+    accelerator: Accelerator
+    precision: str
 
     def __init__(self) -> None:
-        self.signal: str | None = None
-
-    def __bool__(self) -> bool:
-        return self.signal is not None
-
-    def set(self, number: int, frame: FrameType | None) -> None:
-        """The handler: no collective and no file access in here, only the flag."""
-        self.signal = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-class Runtime:
-    """Where and how this process computes."""
-
-    def __init__(self, precision: str) -> None:
-        # Accelerate keeps the precision of the first run of a process; a second run may want another
-        AcceleratorState._reset_state()
-        self.precision = _resolve(precision)
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if self.precision == "bf16" else "no", cpu=not torch.accelerator.is_available()
-        )
+        check_rendezvous(os.environ)
+        self.state = PartialState(cpu=use_cpu())
+        asked = int(os.environ.get("WORLD_SIZE") or 1)
+        if asked != self.world_size:
+            raise TlearnError(
+                f"the launcher started {asked} processes, but this one sees a world of {self.world_size}: every "
+                "process would train alone. With accelerate use a file of launch/; on a machine without an accelerator "
+                "distributed_type must be MULTI_GPU with use_cpu: false"
+            )
         self.stop = StopFlag()
         console.configure(quiet=not self.is_main)
+
+    def unsupported(self, precision: str) -> str | None:
+        """Why the device cannot compute in this precision, or None."""
+        if precision == "fp64" and self.device.type == "mps":
+            return "not supported on mps; use fp32"
+        if precision == "fp16" and self.device.type == "cpu":
+            return "needs an accelerator; use bf16 or fp32 on a CPU"
+        if precision == "bf16" and self.device.type == "cuda" and not cuda_has_bf16():
+            return f"{torch.cuda.get_device_name(self.device)} does not have it; use fp16 or fp32"
+        return None
+
+    def set_precision(self, precision: str) -> None:
+        """Compute in fp32, bf16, fp16 or fp64 from here on: one that is not `unsupported`."""
+        # Accelerate keeps the precision of the first run of a process; a second run may want another
+        AcceleratorState._reset_state()
+        self.precision = precision
+        self.accelerator = Accelerator(
+            mixed_precision=precision if precision in ("bf16", "fp16") else "no",
+            cpu=use_cpu(),
+            # else a variable of the environment would divide every loss
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            # BatchNorm statistics are averaged; DDP would overwrite them with rank 0's in every forward
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+
+    def prepare(self, shell: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """Wrapped for this device, these processes and this precision."""
+        with warnings.catch_warnings():
+            # torch 2.14 renamed the option; Accelerate knows the old name only
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            wrapped: tuple[nn.Module, Any] = self.accelerator.prepare(shell, optimizer)
+        return wrapped
+
+    def scaler_state(self) -> dict[str, float]:
+        """Of the loss scaler that fp16 needs; empty without one."""
+        return dict(self.accelerator.scaler.state_dict()) if self.accelerator.scaler is not None else {}
+
+    def load_scaler(self, state: Mapping[str, float]) -> None:
+        """Go on with what `scaler_state` gave."""
+        if self.accelerator.scaler is not None and state:
+            self.accelerator.scaler.load_state_dict(dict(state))
 
     @property
     def device(self) -> torch.device:
         """Where the model and the batches are."""
-        device: torch.device = self.accelerator.device
+        device: torch.device = self.state.device
         return device
 
     @property
@@ -69,12 +117,12 @@ class Runtime:
     @property
     def rank(self) -> int:
         """Of this process, over all machines."""
-        return int(self.accelerator.process_index)
+        return int(self.state.process_index)
 
     @property
     def world_size(self) -> int:
         """Processes that train together."""
-        return int(self.accelerator.num_processes)
+        return int(self.state.num_processes)
 
     @property
     def is_main(self) -> bool:
@@ -83,7 +131,34 @@ class Runtime:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over all processes."""
-        return self.accelerator.reduce(values, "sum") if self.world_size > 1 else values
+        return reduce(values, "sum") if self.world_size > 1 else values
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """(n, ...) of every process -> (world size * n, ...), by rank; the same n everywhere."""
+        return gather(values) if self.world_size > 1 else values
+
+    def gather_lists(self, values: list[Any]) -> list[Any]:
+        """The lists of all processes, one behind the other, by rank."""
+        return list(gather_object(values)) if self.world_size > 1 else values
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What `function` returns on rank 0, on every rank; also a TlearnError that it raises there."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except TlearnError as error:
+                outcome[1] = error
+        if self.world_size > 1:
+            broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: T = outcome[0]
+        return result
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.state.wait_for_everyone()
 
     def fetch(self, values: torch.Tensor) -> Callable[[], list[float]]:
         """Start to copy a small tensor to the host; the function that is returned waits for it and gives the numbers.
@@ -103,25 +178,13 @@ class Runtime:
 
         return read
 
-    @contextmanager
-    def catch_signals(self) -> Iterator[None]:
-        """SIGTERM, SIGINT and SIGUSR2 set the stop flag; the handlers of before come back at the end."""
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        # elsewhere (a notebook's worker thread, say) Python can set no handlers
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2) if in_main_thread else ()
-        before = {number: signal.signal(number, self.stop.set) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def environment(self) -> dict[str, Any]:
         """environment.json: versions, machine, devices; no variables, no paths."""
         return {
             "python": platform.python_version(),
             "platform": platform.platform(),
             "versions": {name: _version(name) for name in _RECORDED},
+            "backend": self.state.backend,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device.type),
             "precision": self.precision,
             "world_size": self.world_size,
@@ -130,11 +193,33 @@ class Runtime:
         }
 
 
-def _resolve(precision: str) -> str:
-    if precision != "auto":
-        return precision
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if has_bf16 else "fp32"
+def use_cpu() -> bool:
+    """Whether to compute on the CPU: no accelerator is there, or accelerate was told not to use it."""
+    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return told or not torch.accelerator.is_available()
+
+
+def check_rendezvous(environment: Mapping[str, str]) -> None:
+    """Raise where only some of the variables are set by which processes find each other.
+
+    `accelerate launch --cpu --num_processes 2`, for one, sets two of them and starts a single process.
+
+    Raises:
+        TlearnError: which are set and which are missing.
+    """
+    missing = [name for name in RENDEZVOUS if not environment.get(name)]
+    if missing and len(missing) < len(RENDEZVOUS):
+        present = [name for name in RENDEZVOUS if name not in missing]
+        raise TlearnError(
+            f"the environment has {', '.join(present)} but not {', '.join(missing)}: a launcher set it up by half, and "
+            "this process would train alone. Use --nproc N, torchrun, or accelerate launch with a file of launch/; "
+            f"or unset {', '.join(present)}"
+        )
+
+
+def cuda_has_bf16() -> bool:
+    """In hardware."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _version(package: str) -> str:
@@ -142,15 +227,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "absent"
-
-
-def start(precision: str) -> Runtime:
-    """Start the process's accelerator.
-
-    Raises:
-        TlearnError: a precision that the device lacks.
-    """
-    runtime = Runtime(precision)
-    if runtime.precision == "fp64" and runtime.device.type == "mps":
-        raise TlearnError("precision: fp64 is not supported on mps; use fp32")
-    return runtime

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
 from tlearn.config import Config
 from tlearn.console import show
+from tlearn.files import replace
 
 Row = dict[str, Any]
 
@@ -35,7 +37,7 @@ class JsonLines:
                 kept.append(line)
         whole = path.with_name(f".{path.name}.part")
         whole.write_text("".join(kept), encoding="utf-8")
-        whole.rename(path)
+        replace(whole, path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def log(self, row: Row) -> None:
@@ -54,6 +56,8 @@ class WandB:
         import wandb
 
         mode = config.tracking.wandb.mode
+        if mode == "online" and os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+            mode = "offline"
         if mode == "online" and not wandb.login(prompt=False):
             show("W&B: no API key, recording offline (`wandb sync` uploads it later)")
             mode = "offline"
@@ -91,7 +95,7 @@ class Tracker:
         if not active:
             return
         self._sinks.append(JsonLines(folder / "metrics.jsonl", step))
-        if config.tracking.wandb.mode != "disabled":
+        if config.tracking.wandb.mode != "disabled" and os.environ.get("WANDB_MODE") != "disabled":
             wandb = WandB(config, folder, wandb_id)
             self.wandb_id = wandb.id
             self._sinks.append(wandb)

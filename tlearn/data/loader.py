@@ -6,8 +6,9 @@ depend on the number of workers, and starting at step k reads nothing of the ste
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +24,13 @@ from tlearn.data.shards import Split
 from tlearn.data.transforms import EvalTransform, Pixels, Preprocessing, TrainTransform, normalise
 from tlearn.data.workers import serve
 from tlearn.errors import TlearnError
+
+START_METHOD = "fork" if sys.platform == "linux" else None
+"""Of the loader workers. A fork takes milliseconds; other ways, Python's choice elsewhere, import torch each time."""
+
+
+EVAL_IMAGES = 32
+"""Images that a process evaluates at once."""
 
 
 class Order(Protocol):
@@ -69,9 +77,34 @@ class Share:
     world_size: int = 1
     accumulate: int = 1
 
+    def part(self, start: int, stop: int, micro: int) -> tuple[int, int]:
+        """Of positions [start, stop), a global batch, those of micro-batch `micro` of this process."""
+        return part_of(*part_of(start, stop, self.rank, self.world_size), micro, self.accumulate)
+
+    def for_evaluation(self) -> Share:
+        """EVAL_IMAGES per process at once: without gradients memory is no question."""
+        return Share(EVAL_IMAGES * self.world_size, self.rank, self.world_size)
+
+    def smallest_part(self, n: int) -> int:
+        """Images in the smallest micro-batch of any process in an epoch of n."""
+        return n // steps_per_epoch(n, self.batch_size) // self.world_size // self.accumulate
+
+
+class Steps(Protocol):
+    """What the loop and the evaluation take: the micro-batches of this rank, step by step."""
+
+    steps_per_epoch: int
+    samples_per_epoch: int
+
+    def steps(self, first: int, last: int, first_epoch: int = 0) -> AbstractContextManager[Iterator[list[Batch]]]:
+        """The micro-batches of each step in [first, last), counted from the start of epoch `first_epoch`.
+
+        Leaving the context ends the workers, also those that are still decoding.
+        """
+
 
 @dataclass(frozen=True)
-class _Positions:
+class Positions:
     """The micro-batches of a range of steps, made one by one: a long stage has millions."""
 
     first: int
@@ -97,10 +130,15 @@ class MicroBatches(Dataset[Any]):
         self.split, self.order, self.transform, self.share = split, order, transform, share
         self.seed, self.size_px = seed, size_px
 
-    def __getitem__(self, at: Position) -> tuple[torch.Tensor, ...]:
-        s = self.share
-        start, stop = batch_range(at.step, len(self.order), s.batch_size)
-        mine = part_of(*part_of(start, stop, s.rank, s.world_size), at.micro, s.accumulate)
+    def __getitem__(self, at: Position) -> tuple[torch.Tensor, ...] | TlearnError:
+        try:
+            return self._micro_batch(at)
+        except TlearnError as error:
+            return error  # raised by `fetch`: torch would bury it in a worker's traceback
+
+    def _micro_batch(self, at: Position) -> tuple[torch.Tensor, ...]:
+        start, stop = batch_range(at.step, len(self.order), self.share.batch_size)
+        mine = self.share.part(start, stop, at.micro)
         everyones = self.order(at.epoch, start, stop)
         samples = everyones[mine[0] - start : mine[1] - start]
         rows = self.split.rows[samples]
@@ -158,41 +196,60 @@ class Loader:
 
     @contextmanager
     def steps(self, first: int, last: int, first_epoch: int = 0) -> Iterator[Iterator[list[Batch]]]:
-        """The micro-batches of each step in [first, last), counted from the start of epoch `first_epoch`.
-
-        Leaving the context ends the workers, also those that are still decoding.
-        """
+        """See `Steps`."""
         accumulate = self.dataset.share.accumulate
-        positions = _Positions(first, last, first_epoch, self.steps_per_epoch, accumulate)
+        positions = Positions(first, last, first_epoch, self.steps_per_epoch, accumulate)
         workers = min(self.workers, len(positions))
-        loader = DataLoader(
-            self.dataset,
-            batch_size=None,
-            sampler=positions,
-            num_workers=workers,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_init_worker,
-            prefetch_factor=4 if workers else None,
-        )
-        batches: Any = iter(loader)
-        try:
-            yield self._grouped(batches, accumulate)
-        finally:
-            if workers:
-                batches._shutdown_workers()
-                for process in batches._workers:  # they ignore SIGTERM, by which torch would end a slow one
-                    process.kill()
+        with fetch(self.dataset, positions, workers, self.device) as batches:
+            yield grouped((to_batch(t, self.preprocessing, self.device, self.dtype) for t in batches), accumulate)
 
-    def _grouped(self, batches: Iterator[Any], accumulate: int) -> Iterator[list[Batch]]:
-        while group := list(islice(batches, accumulate)):
-            yield [self._to_device(*tensors) for tensors in group]
 
-    def _to_device(
-        self, images: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor, global_labels: torch.Tensor
-    ) -> Batch:
-        images = images.to(self.device, non_blocking=True)
-        labels = labels.to(self.device, non_blocking=True)
-        return Batch(normalise(images, self.preprocessing, self.dtype), labels, keys, global_labels)
+@contextmanager
+def fetch(
+    dataset: Dataset[Any], positions: Positions | None, workers: int, device: torch.device
+) -> Iterator[Iterator[tuple[torch.Tensor, ...]]]:
+    """What the data set gives, made in worker processes, which end with the context, also when still decoding."""
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=positions,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_init_worker,
+        prefetch_factor=4 if workers else None,
+        multiprocessing_context=START_METHOD if workers else None,
+    )
+    batches: Any = iter(loader)
+    try:
+        yield _raised(batches)
+    finally:
+        if workers:
+            batches._shutdown_workers()
+            for process in batches._workers:  # they ignore SIGTERM, by which torch would end a slow one
+                process.kill()
+
+
+def _raised(batches: Iterator[tuple[torch.Tensor, ...] | TlearnError]) -> Iterator[tuple[torch.Tensor, ...]]:
+    for batch in batches:
+        if isinstance(batch, TlearnError):
+            raise batch
+        yield batch
+
+
+def grouped(batches: Iterator[Batch], accumulate: int) -> Iterator[list[Batch]]:
+    """The micro-batches of one step after the other."""
+    while group := list(islice(batches, accumulate)):
+        yield group
+
+
+def to_batch(
+    tensors: tuple[torch.Tensor, ...], preprocessing: Preprocessing, device: torch.device, dtype: torch.dtype
+) -> Batch:
+    """Images (b, 3, S, S) uint8, labels, keys and global labels as a data set gives them -> a batch on the device."""
+    images, labels, keys, global_labels = tensors
+    images = images.to(device, non_blocking=True)
+    labels = labels.to(device, non_blocking=True)
+    return Batch(normalise(images, preprocessing, dtype), labels, keys, global_labels)
 
 
 def _init_worker(worker: int) -> None:

@@ -59,6 +59,7 @@ class Plan:
         folders: list[str],
         options: Options,
     ) -> None:
+        self.files = len(found) + len(stray)
         self.quarantined = dict(stray)
         self.duplicates: list[dict[str, str]] = []
         self.leaks: list[dict[str, Any]] = []
@@ -135,10 +136,7 @@ class Plan:
             accepted[a.split].append(a.file)
         return {
             "counts": {
-                "files": len(self.accepted)
-                + len(self.quarantined)
-                + len(self.duplicates)
-                + sum(len(leak["files"]) - ("kept" in leak["kind"]) for leak in self.leaks),
+                "files": self.files,
                 "accepted": len(self.accepted),
                 "quarantined": len(self.quarantined),
                 "duplicates": len(self.duplicates),

@@ -29,6 +29,7 @@ from tlearn.data.scan import class_folders, examine_all, list_images, listing_fi
 from tlearn.data.shards import INDEX, SPLITS, Index, Sample, read_index, write_index, write_split
 from tlearn.data.workers import on_all_cores
 from tlearn.errors import TlearnError
+from tlearn.files import write_json
 
 _JOURNAL = "scan.jsonl"  # inside OUT.partial: what the scan found so far
 
@@ -167,7 +168,7 @@ def _write(source: Path, root: Path, plan: Plan, options: Options, about: dict[s
                     yield Sample(a.key, ending, data, classes[a.class_name], a.class_name, a.file)
 
             splits[split] = write_split(root, split, samples(), options.shard_mib * 2**20)
-    (root / "audit.json").write_text(json.dumps(plan.audit(), indent=1), encoding="utf-8")
+    write_json(root / "audit.json", plan.audit())
     write_index(root, plan.classes, splits, {**_statistics(plan), **about, "leaks": len(plan.leaks)})
 
 

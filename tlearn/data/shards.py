@@ -24,6 +24,7 @@ import numpy.typing as npt
 from tlearn.data.decode import BACKGROUND, FORMATS
 from tlearn.data.order import mix, mix_array
 from tlearn.errors import TlearnError
+from tlearn.files import sha256, write_json
 
 INDEX = "index.json"
 FORMAT_VERSION = 1
@@ -57,7 +58,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """The samples of train, val or test. Cheap to copy and to send to loader processes."""
+    """The samples of train, val or test. Cheap to copy, and shared with forked loader processes."""
 
     name: str
     root: Path
@@ -221,7 +222,7 @@ def write_split(root: Path, name: str, samples: Iterable[Sample], shard_bytes: i
         "samples_bytes": table.stat().st_size,
         "n": len(rows),
         "shards": [
-            {"name": path.name, "samples": len(part), "bytes": path.stat().st_size, "sha256": _sha256(path)}
+            {"name": path.name, "samples": len(part), "bytes": path.stat().st_size, "sha256": sha256(path)}
             for path, part in zip(paths, tables, strict=True)
         ],
     }
@@ -244,11 +245,6 @@ def _table_of(path: Path, shard: int) -> npt.NDArray[Any]:
     return table
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_index(root: Path, classes: Sequence[str], splits: dict[str, Any], about: dict[str, Any]) -> None:
     """Write index.json: last, so that its presence means that all the rest is there."""
     digest = hashlib.sha256(json.dumps(list(classes)).encode())
@@ -269,4 +265,4 @@ def write_index(root: Path, classes: Sequence[str], splits: dict[str, Any], abou
         "splits": splits,
         **about,
     }
-    (root / INDEX).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    write_json(root / INDEX, meta)

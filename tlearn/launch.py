@@ -1,0 +1,171 @@
+"""Several processes on this machine: what `--nproc N` starts.
+
+Ranks are forked from a server that has imported torch and the rest once, so that N of them start as fast as one.
+They end together: when one fails the others are ended, and when this process is gone so are they.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import connection
+from types import FrameType
+from typing import Any, NamedTuple
+
+from tlearn.data.workers import available_cores, end_with_parent, main_hidden
+from tlearn.errors import EXPECTED, RankFailedError, StoppedBySignalError
+from tlearn.signals import Handler, handled_by, stop
+
+GRACE_S = 10.0
+"""After one rank failed the others have this long to fail too before they are killed."""
+
+_REPORT_CHARACTERS = 20_000
+
+
+class _Report(NamedTuple):
+    """What a rank's function came to."""
+
+    result: Any = None
+    error: BaseException | None = None
+    at: float = 0.0
+    """Seconds on the machine's clock, by which the first of several failures is told."""
+
+
+class _Rank:
+    """A process that was started, and the pipe on which it reports."""
+
+    def __init__(self, function: Callable[..., Any], arguments: Sequence[Any], environment: Mapping[str, str]) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tlearn.run"])
+        self.name = f"rank {environment['RANK']}"
+        self.pipe, remote = context.Pipe(duplex=False)
+        self.process = context.Process(
+            target=_run_rank, args=(function, tuple(arguments), dict(environment), remote), name=self.name
+        )
+        with main_hidden():
+            self.process.start()
+        remote.close()
+        self.report: _Report | None = None
+
+    def read(self) -> None:
+        """Take the report; a rank that ended without one was killed."""
+        try:
+            self.report = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            how = self.process.exitcode or 0
+            by = f"killed by {signal.Signals(-how).name}" if how < 0 else f"ended with exit code {how}"
+            message = f"{self.name} (process {self.process.pid}) was {by}; the other ranks were ended"
+            # before all others: they fail because this one is gone
+            self.report = _Report(error=RankFailedError(message), at=0.0)
+
+
+def run_ranks(function: Callable[..., Any], arguments: Sequence[Any], nproc: int) -> list[Any]:
+    """Call `function(*arguments)` in `nproc` processes that find each other as torchrun's would.
+
+    Args:
+        function: known by its module and name; every process imports it.
+        arguments: picklable, the same for every rank.
+        nproc: processes.
+
+    Returns:
+        What it returned, by rank.
+
+    Raises:
+        RankFailedError: a rank was killed, or raised something unexpected: its own traceback, not the echo of others.
+        TlearnError, DivergedError, StoppedBySignalError: what the first rank to fail raised.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // nproc))
+    common = {
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "OMP_NUM_THREADS": threads,
+        # otherwise the address that the host's name resolves to, which may not be there without a network
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME") or ("lo0" if sys.platform == "darwin" else "lo"),
+    }
+    ranks: list[_Rank] = []
+    with handled_by(_forward_to(ranks)):
+        try:
+            for i in range(nproc):
+                ranks.append(_Rank(function, arguments, {**common, "RANK": str(i), "LOCAL_RANK": str(i)}))
+            _wait(ranks)
+        finally:
+            for rank in ranks:
+                if rank.report is None:
+                    rank.process.kill()
+                rank.process.join()
+    failed = [rank.report for rank in ranks if rank.report is not None and rank.report.error is not None]
+    if failed:
+        error = min(failed, key=lambda report: report.at).error
+        assert error is not None
+        raise error
+    return [rank.report.result for rank in ranks if rank.report is not None]
+
+
+def _wait(ranks: Sequence[_Rank]) -> None:
+    """Until every rank has reported, or for GRACE_S once one has failed."""
+    deadline: float | None = None
+    while waiting := [rank for rank in ranks if rank.report is None]:
+        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        handles = [handle for rank in waiting for handle in (rank.pipe, rank.process.sentinel)]
+        ready = connection.wait(handles, timeout)
+        if not ready:
+            return
+        for rank in waiting:
+            if rank.pipe in ready or rank.process.sentinel in ready:
+                rank.read()
+                assert rank.report is not None
+                error = rank.report.error
+                # ranks that were stopped leave together once all is saved; finishing may take rank 0 longer
+                if error is not None and not isinstance(error, StoppedBySignalError):
+                    deadline = deadline or time.monotonic() + GRACE_S
+
+
+def _forward_to(ranks: Sequence[_Rank]) -> Handler:
+    """Signals go to the ranks, which save and leave; this process waits for them."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for rank in ranks:
+            if rank.process.is_alive():
+                # not as SIGINT: a terminal has sent them that already, and a second one means "at once"
+                os.kill(rank.process.pid or 0, signal.SIGTERM)
+
+    return forward
+
+
+def _run_rank(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], pipe: Any) -> None:
+    os.environ.update(environment)
+    end_with_parent()
+    import torch
+
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # torch read the variable when the server imported it
+    try:
+        with handled_by(stop):
+            report = _Report(result=function(*arguments))
+    except EXPECTED as error:
+        report = _Report(error=error, at=time.monotonic())
+    except BaseException:
+        at = time.monotonic()
+        text = traceback.format_exc()[-_REPORT_CHARACTERS:]
+        report = _Report(error=RankFailedError(f"rank {environment['RANK']} failed:\n{text}"), at=at)
+    pipe.send(report)
+    pipe.close()
+    # torch's process group would wait for ranks that are gone
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if report.error is None else 1)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

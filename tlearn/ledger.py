@@ -1,0 +1,138 @@
+"""The account of training steps: what they summed up to, read one step late so that the device never waits for it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from tlearn.checkpoint import Progress
+from tlearn.data.loader import Batch
+from tlearn.data.order import mix_array
+from tlearn.errors import DivergedError
+from tlearn.objectives import Objective
+from tlearn.runtime import Runtime
+from tlearn.tracking import Row, Tracker
+
+MAX_REJECTED = 20
+"""So many steps in a row with a gradient that is not finite end the run."""
+
+
+class StepSums(NamedTuple):
+    """Of one step, over all processes."""
+
+    loss: float
+    correct: float
+    rejected: float
+    """Processes whose gradient norm was not finite: all or none."""
+    stop: float
+    """Processes that a signal asked to stop."""
+
+
+class _Pending(NamedTuple):
+    row: Row
+    read: Callable[[], list[float]]
+    weight: float
+    keys: list[torch.Tensor]
+
+
+class Ledger:
+    """Turns the sums of a step into a row of metrics.
+
+    Args:
+        runtime, objective, tracker: of the run.
+        progress: counted up here.
+        stage: its name.
+        audit: write the hash of every batch.
+    """
+
+    def __init__(
+        self, runtime: Runtime, objective: Objective, tracker: Tracker, progress: Progress, stage: str, *, audit: bool
+    ) -> None:
+        self.runtime, self.objective, self.tracker, self.progress = runtime, objective, tracker, progress
+        self.stage, self.audit = stage, audit
+        self.stop = False
+        self.note = ""
+        self._pending: _Pending | None = None
+        self._clock = time.perf_counter()
+
+    def add(self, sums: torch.Tensor, micro_batches: list[Batch], epoch: int, rates: dict[str, float]) -> None:
+        """Count a step that was just taken; settles the one before.
+
+        Args:
+            sums: StepSums, (4,), on the device.
+            micro_batches: of this rank.
+            epoch: over all stages.
+            rates: learning rate by multiplier.
+        """
+        self.settle()
+        progress, labels = self.progress, micro_batches[0].global_labels
+        progress.step += 1
+        progress.stage_step += 1
+        progress.samples += len(labels)
+        row: Row = {
+            "kind": "step",
+            "stage": self.stage,
+            "epoch": epoch,
+            "step": progress.step,
+            "samples": progress.samples,
+            "n": len(labels),
+            "lr": rates,
+        }
+        keys = [batch.keys for batch in micro_batches]
+        if self.audit:
+            row["batch_hash"] = _batch_hash(self.runtime, keys)
+        self._pending = _Pending(row, self.runtime.fetch(sums), self.objective.weight(labels), keys)
+
+    def settle(self) -> None:
+        """Read the sums of the last step and log it.
+
+        Raises:
+            DivergedError: too many steps in a row had a gradient that is not finite.
+        """
+        if self._pending is None:
+            return
+        (row, read, weight, keys), self._pending = self._pending, None
+        sums = StepSums(*read())
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        progress, n = self.progress, row.pop("n")
+        progress.seconds += seconds
+        row["train/loss"] = sums.loss / weight if math.isfinite(sums.loss) else None
+        row["images_per_s"] = round(n / seconds, 2)
+        if sums.rejected:
+            progress.rejected += 1
+            progress.rejected_in_all += 1
+            row["rejected"] = self.runtime.gather_lists(
+                [f"{key & (1 << 64) - 1:016x}" for key in torch.cat(keys).tolist()]
+            )
+        else:
+            progress.rejected = 0
+            for name, value in {"loss": sums.loss, "weight": weight, "correct": sums.correct, "n": n}.items():
+                progress.epoch_sums[name] = progress.epoch_sums.get(name, 0.0) + value
+        self.stop = sums.stop > 0
+        self.note = f"loss {sums.loss / weight:.3f}"
+        self.tracker.log(row)
+        if progress.rejected >= MAX_REJECTED:
+            cause = "the gradient overflowed" if math.isfinite(sums.loss) else "the loss is not finite"
+            rate = max(row["lr"].values())
+            advice = f"a rate of {rate / 10:.1g} instead of {rate:.1g} (optimizer.lr, in a new --run)"
+            raise DivergedError(
+                f"stage {self.stage}: {progress.rejected} steps in a row were skipped, because {cause}; their images "
+                f"are named in metrics.jsonl. The last good checkpoint is kept. Try {advice}, or precision=fp32"
+            )
+
+    def pause(self) -> None:
+        """Leave the time since the last step out of the speed (evaluation, saving)."""
+        self._clock = time.perf_counter()
+
+
+def _batch_hash(runtime: Runtime, keys: list[torch.Tensor]) -> str:
+    """An order-free hash of the sample keys of the global batch: a sum over all ranks."""
+    hashes = mix_array(0, torch.cat(keys).numpy().view(np.uint64))
+    total = torch.tensor(int(hashes.sum(dtype=np.uint64).view(np.int64)), device=runtime.device)
+    return f"{int(runtime.sum(total)) & (1 << 64) - 1:016x}"
