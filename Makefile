@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast check format clean
+.PHONY: demo test test-fast check soak format clean
 
 # real pictures in, a trained and evaluated classifier out, in a few minutes
 demo: .venv/.demo
@@ -28,6 +28,10 @@ check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) test
+
+# long hunts: what a test shows in small, at full size
+soak: .venv/.dev
+	$(BIN)/python benchmarks/order_scale.py
 
 format: .venv/.dev
 	$(BIN)/ruff format .

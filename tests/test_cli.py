@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -120,7 +123,7 @@ def test_run_alone_goes_on_with_the_recorded_config(finished: Path, monkeypatch:
         (("data.path=/nowhere",), "/nowhere"),
         (("data.path=EMPTY",), "is empty"),
         (("data.path=ONE",), "only one class"),
-        (("data.path=BAD",), "no usable image"),
+        (("data.path=BAD",), "without a usable image"),
         (("batch.size=201",), "only 200 train images"),
         (("model.weights=none.safetensors",), "none.safetensors"),
         (("model.backbone=test_vit", "data.image_size=33"), "data.image_size"),
@@ -254,3 +257,70 @@ def test_a_run_on_a_bare_folder_is_scored_on_what_it_held_out(
     result = json.loads((tmp_path / "run" / "result.json").read_text())["val"]
     assert 0 < result["n"] < 40
     assert scores["confusion"] == result["confusion"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--run", "{none}"], "{none}: holds no run to go on with; .*data.path=FOLDER"),
+        (["train", "data.path=x", "--resume", "must"], "--resume must: .*--run RUN"),
+        (["evaluate", "{finished}", "--data", "{none}"], "--data {none}: no such folder"),
+        (["predict", "{finished}", "{empty}"], "no files in {empty}"),
+    ],
+)
+def test_mistakes_with_folders_are_one_message(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    names = {"none": tmp_path / "none", "empty": tmp_path / "empty", "finished": finished}
+    assert run(monkeypatch, *(argument.format(**names) for argument in arguments)) == 2
+    assert re.fullmatch(f"tlearn: {message.format(**names)}.*\n", capsys.readouterr().err)
+
+
+def test_a_pipe_among_pictures_does_not_stop_predict(
+    finished: Path,
+    tmp_path: Path,
+    photo_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    shutil.copy(next((photo_folder / "val" / "cat").iterdir()), tmp_path / "cat.png")
+    capsys.readouterr()
+    assert run(monkeypatch, "predict", finished, tmp_path, "--json") == 0
+    cat, pipe = json.loads(capsys.readouterr().out)
+    assert cat["error"] is None
+    assert pipe["error"] == "not a regular file"
+
+
+def test_what_the_file_system_refuses_is_no_traceback(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert run(monkeypatch, "train", f"data.path={photos}", *TINY, "--run", tmp_path / "run") == 2
+    assert capsys.readouterr().err.endswith(f"tlearn: {tmp_path / 'run' / 'best'}: Permission denied\n")
+
+
+def test_a_damaged_sample_is_named_in_one_line(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(photos, tmp_path / "data")
+    shard = tmp_path / "data" / "train-000000.tar"
+    with tarfile.open(shard) as tar:
+        place = next(member.offset_data for member in tar if member.name.endswith(".png"))
+    with shard.open("r+b") as file:
+        file.seek(place)
+        file.write(bytes(64))
+    options = (f"data.path={tmp_path / 'data'}", *TINY, "epochs=1", "data.workers=2")
+    assert run(monkeypatch, "train", *options, "--run", tmp_path / "run") == 2
+    assert re.search(
+        r"\ntlearn: \S+/train-000000\.tar: sample \w{16}: .*prepare the data again\n$", capsys.readouterr().err
+    )

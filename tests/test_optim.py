@@ -397,3 +397,31 @@ def test_momentum_of_the_stage_before_is_kept_when_more_parameters_join() -> Non
 
     assert gradient is not None
     torch.testing.assert_close(named_state(second)["2.weight/momentum_buffer"], 0.9 * momentum + gradient)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_state_from_a_file_lies_in_memory_like_its_parameter(name: str) -> None:
+    """A fused optimizer walks through parameter and state side by side, whatever their strides are."""
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def step(optimizer: torch.optim.Optimizer, net: nn.Module) -> None:
+        images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        net(images).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    whole, resumed = net(), net()
+    multipliers = dict.fromkeys(dict(whole.named_parameters()), 1.0)
+    optimizer = build_optimizer(CONFIGS[name], whole, multipliers)
+    step(optimizer, whole)
+    resumed.load_state_dict(whole.state_dict())
+    from_file = {key: value.contiguous() for key, value in named_state(optimizer).items()}
+    again = build_optimizer(CONFIGS[name], resumed, multipliers)
+    load_named_state(again, from_file)
+    step(optimizer, whole)
+    step(again, resumed)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)

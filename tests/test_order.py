@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from conftest import load_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -175,3 +176,16 @@ def test_the_sequential_order_is_the_order_of_the_shards(n: int) -> None:
     assert len(order) == n
     assert order(5, 0, n).tolist() == list(range(n))
     assert order(0, n // 2, n).tolist() == list(range(n // 2, n))
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 999), (7, 1000), (4096, 32768)])
+def test_all_ranks_together_meet_every_sample_once(world_size: int, batch_size: int) -> None:
+    """The same check as benchmarks/order_scale.py, which makes it for 100 million samples."""
+    scale = load_script("order_scale")
+    assert scale.every_sample_once(scale.shard_sizes(300_000, 200), 2, batch_size, world_size)
+
+
+def test_the_check_of_the_order_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    scale = load_script("order_scale")
+    monkeypatch.setattr(scale, "batch_range", lambda step, n, size: (step * size, min(n, step * size + size - 1)))
+    assert not scale.every_sample_once(scale.shard_sizes(3000, 10), 2, 100, 2)

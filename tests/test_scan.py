@@ -731,8 +731,8 @@ REFUSED = [
     (_empty_folder, r"source: the folder is empty; expected one sub-folder of images per class"),
     (_one_class, r"source: only one class \('cat'\); a classifier needs two or more"),
     (_flat, r"source: 8 files but none in a class folder \(first: 000\.png: not in a class folder\)"),
-    (_unreadable_class, r"class 'dog' has no usable image \(dog/000\.png: not an image of a known format"),
-    (_all_leaked, r"class 'dog' has no usable image \(every image also has another label\)"),
+    (_unreadable_class, r"without a usable image: 'dog' \(dog/000\.png: not an image of a known format"),
+    (_all_leaked, r"without a usable image: 'dog' \(every image also has another label\)"),
     (_unknown_class_in_val, r"class 'owl' has no image in train but some elsewhere"),
 ]
 

@@ -55,6 +55,8 @@ class Progress:
     """Sums over the current epoch so far: loss, weight, correct, samples."""
     best: dict[str, Any] = field(default_factory=dict)
     """Val measures of the best epoch so far, and where it was."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The run's options: it goes on with the same ones only."""
     data_fingerprint: str = ""
     """Of the prepared data: a run goes on with the same images only."""
     wandb_id: str | None = None

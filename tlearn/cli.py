@@ -6,6 +6,7 @@ A command runs in this process; `--nproc N` starts N of them unless a launcher (
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -20,6 +21,9 @@ import typer
 from tlearn import __version__
 from tlearn.errors import EXPECTED, TlearnError
 from tlearn.signals import handled_by, stop
+
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""What a file system refuses: for the user to mend, so no traceback."""
 
 app = typer.Typer(
     name="tlearn",
@@ -94,6 +98,10 @@ def train(
     names_data = any(o.partition("=")[0] in ("data", "data.path") for o in overrides)
     if file is None and not names_data and run is not None and (run / "config.yaml").is_file():
         file = run / "config.yaml"
+    if file is None and not names_data and run is not None:
+        raise TlearnError(f"{run}: holds no run to go on with; to begin one, name its images: data.path=FOLDER")
+    if run is None and resume is ResumeMode.must:
+        raise TlearnError("--resume must: goes on with a run; name its folder: --run RUN")
     parsed = load_config(file, overrides, quick=quick)
     _in_processes("tlearn.run:train", nproc, parsed, run, resume.value)
 
@@ -144,6 +152,8 @@ def predict(
         for p in predictions:
             best = "  ".join(f"{name} {value:.1%}" for name, value in p.classes)
             typer.echo(f"{p.file}: {best or 'ERROR ' + str(p.error)}", err=p.error is not None)
+    if not files:
+        raise TlearnError(f"no files in {', '.join(map(str, paths))}")
     if all(p.error for p in predictions):
         raise TlearnError(f"none of {len(predictions)} files could be read")
 
@@ -211,3 +221,8 @@ def main() -> None:
         rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("RANK") or 0) > 0 else ""
         print(f"tlearn{rank}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in _DENIED:
+            raise
+        print(f"tlearn: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(TlearnError.exit_code)

@@ -282,6 +282,9 @@ def _explain(problem: Any, raw: dict[str, Any], source: str, given: set[str]) ->
     if problem["type"] == "missing":
         hint = " (data.path=FOLDER names the images)" if key == "data" else ""
         return f"{where}: is required{hint}"
+    if problem["type"] in ("model_type", "model_attributes_type") and key:
+        options = ", ".join(f"{key}.{name}" for name in _section_at(problem["loc"])[0].model_fields)
+        return f"{where} = {problem['input']!r}: is a group of options: {options}"
     if problem["type"] == "union_tag_not_found":
         names = [kind.model_fields["name"].default for kind in _section_at(problem["loc"])[1]]
         return f"{where}: needs a `name`, one of {', '.join(names)}"

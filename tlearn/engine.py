@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -207,11 +208,16 @@ def _finish_epoch(run: Run, ledger: Ledger, stage: Stage, epoch: int) -> None:
         f"epoch {epoch + 1:3d}  {stage.name:12s}  train loss {_number(loss)}  top-1 {top1 or 0:6.1%}"
         f"  |  val@{size_px} loss {_number(val['loss'])}  top-1 {val['top1']:6.1%}"
     )
-    if not progress.best or val["top1"] > progress.best["top1"]:
+    if not progress.best or _rank(val) > _rank(progress.best):
         progress.best = {**place, "top1": val["top1"], "loss": val["loss"], "selected_on": "val"}
         if run.runtime.is_main:
             checkpoint.save_best(run.folder.best, run.model.net.state_dict(), progress.best)
     ledger.pause()
+
+
+def _rank(scores: Mapping[str, Any]) -> tuple[float, float]:
+    """The better epoch is the one with more hits; among equals the one with the lower loss."""
+    return scores["top1"], -math.inf if scores["loss"] is None else -scores["loss"]
 
 
 def _number(loss: float | None) -> str:

@@ -11,10 +11,11 @@ best/             model.safetensors and model.json: what `load` needs
 
 from __future__ import annotations
 
+import fcntl
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from tlearn import checkpoint, console
 from tlearn.config import Config
@@ -40,6 +41,8 @@ class RunFolder:
         self.best = path / "best" / "model.safetensors"
         self.card = path / "best" / "model.json"
         self.result = path / "result.json"
+        self.log = path / "log.txt"
+        self._lock: IO[str] | None = None
 
     @classmethod
     def named(cls, path: str | Path | None, config: Config) -> RunFolder:
@@ -65,13 +68,16 @@ class RunFolder:
         elif resume == "never":
             raise TlearnError(f"{self.path}: holds a run; choose another --run, or --resume auto to go on with it")
         else:
-            differing = differing_keys(load_config(self.config), config)
-            if differing := [d for d in differing if not d.startswith(FREE_TO_CHANGE)]:
+            self.lock()
+            found = checkpoint.newest(self.checkpoints)
+            progress = checkpoint.read_progress(found) if found else None
+            # not config.yaml, which somebody may have edited since
+            began = Config.model_validate(progress.config) if progress else load_config(self.config)
+            if differing := [d for d in differing_keys(began, config) if not d.startswith(FREE_TO_CHANGE)]:
                 raise TlearnError(
                     "\n  ".join([f"{self.path}: holds a run with other options; choose another --run:", *differing])
                 )
-            found = checkpoint.newest(self.checkpoints)
-            if found and checkpoint.read_progress(found).data_fingerprint != data_fingerprint:
+            if progress and progress.data_fingerprint != data_fingerprint:
                 raise TlearnError(f"{self.path}: {config.data.path} holds other images than when this run began")
         if resume == "must" and found is None:
             raise TlearnError(f"{self.path}: no checkpoint to resume from")
@@ -90,14 +96,34 @@ class RunFolder:
             "preprocessing": asdict(model.preprocessing),
         }
         self.card.parent.mkdir(parents=True, exist_ok=True)
+        self.lock()
         write_json(self.card, card)
         write_json(self.path / "environment.json", environment)
         write_text(self.config, f"# tlearn train {self.config} --run NEW   runs this again\n{dump_config(config)}")
-        console.configure(log=self.path / "log.txt")
+        console.configure(log=self.log)
+
+    def lock(self) -> None:
+        """Hold the folder until `close`, or until this process is gone, however it ends.
+
+        Raises:
+            TlearnError: another process holds it.
+        """
+        if self._lock is not None:
+            return
+        log = self.log.open("a", encoding="utf-8")
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.close()
+            raise TlearnError(f"{self.path}: another process is at work here; wait or choose another --run") from None
+        self._lock = log
 
     def close(self) -> None:
         """What is shown from here on belongs to something else."""
         console.configure(quiet=console.is_quiet())
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
 def new_path(config: Config) -> Path:

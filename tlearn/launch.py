@@ -70,7 +70,7 @@ def run_ranks(function: Callable[..., Any], arguments: Sequence[Any], nproc: int
     """Call `function(*arguments)` in `nproc` processes that find each other as torchrun's would.
 
     Args:
-        function: known by its module and name; every process imports it.
+        function: of a module that every process can import, not of the program's main one.
         arguments: picklable, the same for every rank.
         nproc: processes.
 

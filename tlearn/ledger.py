@@ -61,7 +61,7 @@ class Ledger:
         self._clock = time.perf_counter()
 
     def add(self, sums: torch.Tensor, micro_batches: list[Batch], epoch: int, rates: dict[str, float]) -> None:
-        """Count a step that was just taken; settles the one before.
+        """Count a step that was just taken; an accelerator may still be busy with it, so the one before is settled.
 
         Args:
             sums: StepSums, (4,), on the device.
@@ -87,6 +87,8 @@ class Ledger:
         if self.audit:
             row["batch_hash"] = _batch_hash(self.runtime, keys)
         self._pending = _Pending(row, self.runtime.fetch(sums), self.objective.weight(labels), keys)
+        if self.runtime.device.type == "cpu":  # it has waited already
+            self.settle()
 
     def settle(self) -> None:
         """Read the sums of the last step and log it.

@@ -88,9 +88,10 @@ def load_named_state(optimizer: torch.optim.Optimizer, state: Mapping[str, torch
         for name, parameter in zip(group["names"], group["params"], strict=True):
             saved = by_parameter.get(name, {})
             for key, value in saved.items() if saved.keys() == expected else ():
-                # Adam's `step` is a float32 scalar whatever the parameter's dtype
-                dtype = value.dtype if key == "step" else parameter.dtype
-                optimizer.state[parameter][key] = value.clone().to(parameter.device, dtype)
+                # Adam's `step` is a float32 scalar whatever the parameter's dtype. The others must lie in memory like
+                # the parameter (channels last), which a file does not keep: fused kernels do not look at strides.
+                like = value.to(parameter.device) if key == "step" else parameter
+                optimizer.state[parameter][key] = torch.empty_like(like).copy_(value)
 
 
 def _state_keys(optimizer: torch.optim.Optimizer) -> set[str]:

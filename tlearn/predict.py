@@ -62,13 +62,18 @@ class Classifier:
 
     def predict(self, paths: Sequence[str | Path], topk: int = 5) -> list[Prediction]:
         """The `topk` most likely classes of every file, in the files' order; unreadable files carry an error."""
+        if topk < 1:
+            raise TlearnError(f"topk = {topk}: at least 1")
         found: dict[int, Prediction] = {}
         transform = EvalTransform(self.preprocessing)
         for start_at in range(0, len(paths), EVAL_IMAGES):
             images: dict[int, torch.Tensor] = {}
             for i in range(start_at, min(start_at + EVAL_IMAGES, len(paths))):
                 try:
-                    images[i] = torch.from_numpy(transform(Path(paths[i]).read_bytes()))
+                    path = Path(paths[i])
+                    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+                        raise UnreadableImageError("not a regular file")
+                    images[i] = torch.from_numpy(transform(path.read_bytes()))
                 except UnreadableImageError as error:
                     found[i] = Prediction(str(paths[i]), [], str(error))
                 except OSError as error:
@@ -107,6 +112,8 @@ class Classifier:
         return {name: source.eval_loader(name, *where) for name in ("val", "test") if name in source.sizes}
 
     def _foreign(self, path: Path) -> dict[str, Steps]:
+        if not path.is_dir():
+            raise TlearnError(f"--data {path}: no such folder; give class folders or prepared data")
         if (path / INDEX).is_file():
             index = read_index(path)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -62,47 +63,44 @@ def train(config: Config, folder: str | Path | None = None, resume: Resume = "au
     plan = [resolve(stage, list(sizes), model.head, model.blocks) for stage in stages]
     _check_parts(stages, plan, model, share, source.sizes["train"])
 
-    newest = runtime.on_main(lambda: place.newest_checkpoint(config, source.fingerprint, resume))
-    restored = checkpoint.load(newest) if newest else None
-    progress = restored.progress if restored else Progress(data_fingerprint=source.fingerprint)
-    optimizer_state: Mapping[str, torch.Tensor] = restored.optimizer if restored else {}
-    if restored:
-        model.net.load_state_dict(restored.model)
-    model.net.to(runtime.device)
-    if runtime.is_main:
-        place.open(
-            config, runtime.environment() | {"precision_measured": measured}, model, source.classes, source.fingerprint
+    with closing(place):
+        newest = runtime.on_main(lambda: place.newest_checkpoint(config, source.fingerprint, resume))
+        restored = checkpoint.load(newest) if newest else None
+        progress = restored.progress if restored else Progress(data_fingerprint=source.fingerprint)
+        progress.config = config.model_dump(mode="json")
+        if restored:
+            model.net.load_state_dict(restored.model)
+        model.net.to(runtime.device)
+        environment = runtime.environment() | {"precision_measured": measured}
+        runtime.on_main(lambda: place.open(config, environment, model, source.classes, source.fingerprint))
+        loading: dict[str, Any] = {"device": runtime.device, "dtype": runtime.dtype}
+        run = Run(
+            config=config,
+            runtime=runtime,
+            folder=place,
+            classes=source.classes,
+            train_loader=lambda size_px, share: source.train_loader(model.sized(size_px), share, **loading),
+            val_loader=source.eval_loader("val", model.preprocessing, share.for_evaluation(), **loading),
+            share=share,
+            model=model,
+            objective=build_objective(config.objective, model.net, source.per_class).to(runtime.device),
+            tracker=Tracker(config, place.path, progress.step, progress.wandb_id, active=runtime.is_main),
+            progress=progress,
         )
-    loading: dict[str, Any] = {"device": runtime.device, "dtype": runtime.dtype}
-    run = Run(
-        config=config,
-        runtime=runtime,
-        folder=place,
-        classes=source.classes,
-        train_loader=lambda size_px, share: source.train_loader(model.sized(size_px), share, **loading),
-        val_loader=source.eval_loader("val", model.preprocessing, share.for_evaluation(), **loading),
-        share=share,
-        model=model,
-        objective=build_objective(config.objective, model.net, source.per_class).to(runtime.device),
-        tracker=Tracker(config, place.path, progress.step, progress.wandb_id, active=runtime.is_main),
-        progress=progress,
-    )
-    _introduce(run, source)
-    show_stages(stages, plan, sizes)
+        _introduce(run, source)
+        show_stages(stages, plan, sizes)
 
-    try:
-        with handled_by(runtime.stop.set):
-            for number, (stage, multipliers) in enumerate(zip(stages, plan, strict=True)):
-                if number >= progress.stage:
-                    first_epoch = sum(s.epochs for s in stages[:number])
-                    optimizer_state = run_stage(run, stage, multipliers, first_epoch, optimizer_state)
-        result = _result(run, source)
-        if runtime.is_main:
-            write_json(place.result, result)
-        show_result(place.path, result)
-    finally:
-        run.tracker.close()
-        place.close()
+        with closing(run.tracker):
+            optimizer_state: Mapping[str, torch.Tensor] = restored.optimizer if restored else {}
+            with handled_by(runtime.stop.set):
+                for number, (stage, multipliers) in enumerate(zip(stages, plan, strict=True)):
+                    if number >= progress.stage:
+                        first_epoch = sum(s.epochs for s in stages[:number])
+                        optimizer_state = run_stage(run, stage, multipliers, first_epoch, optimizer_state)
+            result = _result(run, source)
+            if runtime.is_main:
+                write_json(place.result, result)
+            show_result(place.path, result)
     return result
 
 

@@ -103,13 +103,10 @@ class Plan:
         """Raise where no classifier can come of it."""
         usable = Counter(a.class_name for a in self.accepted)
         if empty := [name for name in self.all_classes if not usable[name]]:
-            name = empty[0]
-            why = next(
-                (f"{file}: {why}" for file, why in self.quarantined.items() if name in file.split("/")[:-1]),
-                "its folder is empty" if name not in self._with_files else "every image also has another label",
-            )
+            reasons = ", ".join(f"{name!r} ({self._why_unusable(name)})" for name in empty[:8])
+            more = f" and {len(empty) - 8} more" if len(empty) > 8 else ""
             raise TlearnError(
-                f"{source}: class {name!r} has no usable image ({why}); mend its files or remove the folder"
+                f"{source}: classes without a usable image: {reasons}{more}; mend their files or remove the folders"
             )
         if len(self.all_classes) < 2 and options.val < 1:
             raise TlearnError(f"{source}: only one class ({self.all_classes[0]!r}); a classifier needs two or more")
@@ -121,6 +118,10 @@ class Plan:
             )
         if not trained and options.val < 1:
             raise TlearnError(f"{source}: no image is left for training; use a smaller --val or --test")
+
+    def _why_unusable(self, class_name: str) -> str:
+        files = (f"{file}: {why}" for file, why in self.quarantined.items() if class_name in file.split("/")[:-1])
+        return next(files, "every image also has another label" if class_name in self._with_files else "empty folder")
 
     def counts(self) -> dict[str, Counter[str]]:
         """Images per split and class."""
@@ -160,6 +161,8 @@ class Plan:
         ):
             if items:
                 show(f"  {len(items):,} {problem}; see {out / 'audit.json'}")
+        if "train" not in counts:
+            show("  no train image: these data can be scored, not trained on")
         if "val" in counts and (missing := [c for c in self.classes if not counts["val"][c]]):
             show(f"  no val image for {len(missing)} classes: {', '.join(missing[:5])}; their accuracy is unknown")
 

@@ -113,11 +113,12 @@ def _locked_partial(out: Path) -> Iterator[Path]:
     while True:
         try:
             path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TlearnError(f"{path}: cannot be made: {error.strerror}") from None
+        try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:  # renamed by another process just now
             continue
-        except OSError as error:
-            raise TlearnError(f"{path}: cannot be made: {error.strerror}") from None
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
             break
