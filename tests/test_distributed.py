@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ranks
 import torch
@@ -203,6 +204,22 @@ def test_a_rank_that_fails_ends_the_others_and_is_named(how: str, error: type[Ex
     with pytest.raises(error, match=message):
         run_ranks(ranks.fail_on, (1, how), 3)
     assert time.monotonic() - start < 60
+
+
+@pytest.mark.slow
+def test_a_rank_killed_in_training_leaves_no_process_behind(tiny: MakeConfig, tmp_path: Path) -> None:
+    def others() -> set[int]:
+        return {child.pid for child in psutil.Process().children(recursive=True)}
+
+    run_ranks(ranks.hashes, ([],), 2)  # the server that ranks are forked from stays
+    before, start = others(), time.monotonic()
+    config = tiny("strategy=full", "epochs=50", "data.workers=2")
+    with pytest.raises(RankFailedError, match=r"rank 1 .*killed by SIGKILL; the other ranks were ended"):
+        run_ranks(ranks.train_and_send, (config, tmp_path / "run", 1, 5, signal.SIGKILL), 3)
+    assert time.monotonic() - start < 60
+    while others() - before and time.monotonic() - start < 60:  # loader workers see that their rank is gone
+        time.sleep(0.05)
+    assert others() - before == set()
 
 
 def is_alive(process: int) -> bool:

@@ -98,7 +98,9 @@ def run_stage(
     warm_up(runtime, shell, model.net, optimizer, stage.image_size)
     loader = run.train_loader(stage.image_size, share)
     total = stage.epochs * loader.steps_per_epoch
-    ledger = Ledger(runtime, run.objective, run.tracker, progress, stage.name, audit=config.run.audit)
+    ledger = Ledger(
+        runtime, run.objective, run.tracker, progress, stage.name, run.folder.checkpoints, audit=config.run.audit
+    )
     started = time.perf_counter()
 
     with (

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from tlearn import checkpoint
 from tlearn.checkpoint import Progress
 from tlearn.data.loader import Batch
 from tlearn.data.order import mix_array
@@ -47,14 +49,23 @@ class Ledger:
         runtime, objective, tracker: of the run.
         progress: counted up here.
         stage: its name.
+        checkpoints: where they lie.
         audit: write the hash of every batch.
     """
 
     def __init__(
-        self, runtime: Runtime, objective: Objective, tracker: Tracker, progress: Progress, stage: str, *, audit: bool
+        self,
+        runtime: Runtime,
+        objective: Objective,
+        tracker: Tracker,
+        progress: Progress,
+        stage: str,
+        checkpoints: Path,
+        *,
+        audit: bool,
     ) -> None:
         self.runtime, self.objective, self.tracker, self.progress = runtime, objective, tracker, progress
-        self.stage, self.audit = stage, audit
+        self.stage, self.checkpoints, self.audit = stage, checkpoints, audit
         self.stop = False
         self.note = ""
         self._pending: _Pending | None = None
@@ -123,9 +134,11 @@ class Ledger:
             cause = "the gradient overflowed" if math.isfinite(sums.loss) else "the loss is not finite"
             rate = max(row["lr"].values())
             advice = f"a rate of {rate / 10:.1g} instead of {rate:.1g} (optimizer.lr, in a new --run)"
+            newest = checkpoint.newest(self.checkpoints) or "none yet"
             raise DivergedError(
                 f"stage {self.stage}: {progress.rejected} steps in a row were skipped, because {cause}; their images "
-                f"are named in metrics.jsonl. The last good checkpoint is kept. Try {advice}, or precision=fp32"
+                f"are named in metrics.jsonl. The last good checkpoint: {newest}. "
+                f"Try {advice}, or precision=fp32"
             )
 
     def pause(self) -> None:
