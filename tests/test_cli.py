@@ -199,6 +199,7 @@ def test_a_signal_ends_the_program_with_75_and_it_goes_on(photos: Path, tmp_path
     assert steps == list(range(1, 141))
 
 
+@pytest.mark.slow
 def test_the_names_of_the_package_are_functions_whatever_was_imported_before() -> None:
     code = (
         "import tlearn.cli, tlearn.run, tlearn.data.prepare, tlearn\n"

@@ -187,6 +187,22 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_bit_for_bit(
         assert [r[key] for r in rows(tmp_path / "whole", "step")] == [r[key] for r in rows(tmp_path / "run", "step")]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_run_goes_on_with_another_number_of_processes(
+    by_world: dict[int, Path], tiny: MakeConfig, tmp_path: Path, world_size: int
+) -> None:
+    config = tiny(*EXACT, "model.batch_norm=frozen")
+    with pytest.raises(StoppedBySignalError):
+        run_ranks(ranks.train_and_send, (config, tmp_path / "run", 0, 20, signal.SIGTERM), 2)
+    run_ranks(train, (config, tmp_path / "run", "must"), world_size)
+    whole, resumed = rows(by_world[2], "step"), rows(tmp_path / "run", "step")
+    for key in ("step", "batch_hash", "lr"):
+        assert [row[key] for row in whole] == [row[key] for row in resumed]
+    np.testing.assert_allclose(*([row["train/loss"] for row in steps] for steps in (whole, resumed)), rtol=1e-9)
+    assert result(tmp_path / "run")["val"]["confusion"] == result(by_world[2])["val"]["confusion"]
+
+
 # who fails, and what the others do
 
 
@@ -229,6 +245,7 @@ def is_alive(process: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_ranks_die_with_the_process_that_started_them(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from tlearn.launch import run_ranks; import ranks; "
@@ -467,6 +484,7 @@ def test_doctor_says_what_is_wrong_and_how_to_mend_it(change: Row, advice: str) 
     assert problems({**healthy, "all_reduce": {"sum": 2.0, "expected": 3.0}})[0].endswith("do not train like this")
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_launching_process_stops_the_ranks(photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     options = [f"data.path={photos}", *TINY, "strategy=full", "epochs=200", "--nproc", "2", "--run", str(folder)]

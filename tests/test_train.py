@@ -503,6 +503,7 @@ def test_speed_is_that_of_single_steps(tiny: MakeConfig, tmp_path: Path) -> None
     assert max(speeds) < 20 * statistics.median(speeds)  # not the time between two looks at the clock
 
 
+@pytest.mark.slow
 def test_an_accelerators_steps_are_read_one_late_and_none_is_lost(
     tiny: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
