@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -110,6 +111,8 @@ def fail_on(rank: int, how: str) -> Any:
                 raise TlearnError("the disk of this node is full")
             case "bug":
                 raise KeyError("no such thing")
+            case "full":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/somewhere")
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "exit":

@@ -7,10 +7,12 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +291,18 @@ def test_mistakes_are_one_message_at_any_number_of_processes(
 
 
 @pytest.mark.slow
+def test_a_search_for_memory_does_not_touch_batch_norm(tiny: MakeConfig, tmp_path: Path) -> None:
+    """Ranks stop in different layers when they run out of memory; they must still hold the same statistics."""
+    options = ("batch.size=26", STAGES, "model.batch_norm=train")
+    run_ranks(ranks.train_short_of_memory, (tiny(*options, "batch.find=true"), tmp_path / "short", 7), 2)
+    run_ranks(train, (tiny(*options, "batch.micro=7"), tmp_path / "micro"), 2)
+    for name, tensor in weights(tmp_path / "micro").items():
+        assert torch.equal(tensor, weights(tmp_path / "short")[name]), name
+    with pytest.raises(TlearnError, match=r"stage last would have micro-batches of 1 images.*BatchNorm"):
+        run_ranks(ranks.train_short_of_memory, (tiny(*options, "batch.find=true"), tmp_path / "one", 1), 2)
+
+
+@pytest.mark.slow
 def test_a_rank_without_memory_makes_all_of_them_halve(tiny: MakeConfig, tmp_path: Path) -> None:
     options = (*EXACT, "model.batch_norm=frozen")
     run_ranks(ranks.train_short_of_memory, (tiny(*options, "batch.find=true"), tmp_path / "short", 4), 2)
@@ -305,7 +319,7 @@ def test_a_rank_without_memory_makes_all_of_them_halve(tiny: MakeConfig, tmp_pat
 
 @pytest.mark.parametrize("n", [5, 26, 187, 1000])
 @pytest.mark.parametrize("batch_size", [4, 26, 64])
-def test_the_smallest_part_is_the_smallest(n: int, batch_size: int) -> None:
+def test_the_smallest_and_the_largest_part_are(n: int, batch_size: int) -> None:
     from tlearn.data.order import batch_range, steps_per_epoch
 
     for world_size in (1, 2, 3, 5):
@@ -316,7 +330,22 @@ def test_the_smallest_part_is_the_smallest(n: int, batch_size: int) -> None:
                 for rank in range(world_size):
                     share = Share(batch_size, rank, world_size, accumulate)
                     sizes += [b - a for a, b in (share.part(start, stop, m) for m in range(accumulate))]
-            assert Share(batch_size, 0, world_size, accumulate).smallest_part(n) == min(sizes)
+            share = Share(batch_size, 0, world_size, accumulate)
+            assert (share.smallest_part(n), share.largest_part(n)) == (min(sizes), max(sizes))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("n", "batch_size", "micro"), [(187, 26, 7), (187, 26, 2), (29, 28, 4), (200, 200, 1), (5, 4, 9)]
+)
+def test_no_micro_batch_is_larger_than_asked_for_and_none_is_needless(
+    n: int, batch_size: int, micro: int, world_size: int
+) -> None:
+    share = Share(batch_size, 0, world_size).in_parts_of(micro, n)
+    assert share.largest_part(n) <= micro
+    if share.accumulate > 1:
+        assert replace(share, accumulate=share.accumulate - 1).largest_part(n) > micro
+    assert Share(batch_size, 0, world_size).in_parts_of(None, n).accumulate == 1
 
 
 @pytest.mark.parametrize(
@@ -412,6 +441,62 @@ def test_launchers_start_the_same_run(by_world: dict[int, Path], photos: Path, t
     assert result(tmp_path / "run")["world_size"] == world_size
     expected = [row["train/loss"] for row in rows(by_world[world_size], "step")]
     np.testing.assert_allclose([row["train/loss"] for row in rows(tmp_path / "run", "step")], expected, rtol=1e-9)
+
+
+@pytest.mark.slow
+def test_two_machines_meet_by_host_and_port() -> None:
+    """Two launchers, as on two machines, each with one process; the command of launch/multi_node.yaml."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", "launch/multi_node.yaml"]
+    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    command += ["--num_machines", "2", "--num_processes", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    machines = [
+        subprocess.Popen(
+            [*command, "--machine_rank", str(rank), "-m", "tlearn", "doctor", "--json"],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+        for rank in (0, 1)
+    ]
+    answers = [machine.communicate(timeout=120)[0] for machine in machines]
+    report = json.loads(answers[0])
+    assert [rank["rank"] for rank in report["ranks"]] == [0, 1]
+    assert report["all_reduce"]["sum"] == 3
+    assert report["address"] == f"127.0.0.1:{port}"
+    assert answers[1] == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [0.5, 1.5])
+def test_a_signal_while_the_processes_start_ends_them(after_s: float) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tlearn", "doctor", "--nproc", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(after_s)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (75, ""), stderr
+
+
+def test_ranks_have_the_environment_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_ranks(ranks.hashes, ([],), 2)  # the server that they are forked from is there
+    monkeypatch.setenv("TLEARN_TEST", "now")
+    assert run_ranks(os.getenv, ("TLEARN_TEST",), 2) == ["now", "now"]
+    monkeypatch.delenv("TLEARN_TEST")
+    assert run_ranks(os.getenv, ("TLEARN_TEST",), 2) == [None, None]
+
+
+def test_what_the_file_system_refuses_on_a_rank_is_one_message() -> None:
+    with pytest.raises(TlearnError, match=r"^/somewhere: No space left on device$"):
+        run_ranks(ranks.fail_on, (1, "full"), 2)
 
 
 @pytest.mark.slow

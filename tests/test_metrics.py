@@ -81,6 +81,16 @@ def test_a_report_is_plain_json() -> None:
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 
 
+def test_what_is_not_finite_is_none_and_still_json() -> None:
+    bins = np.full((BINS, 3), math.nan)
+    bins[:, :2] = 1
+    report = classification_report(Counts(np.eye(2, dtype=np.int64), 2, math.nan, bins), ["a", "b"], n_expected=2)
+
+    assert report["loss"] is None
+    assert report["calibration_error"] is None
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
 def test_nothing_counted_is_nothing_known() -> None:
     report = classification_report(counts(np.zeros((2, 2), dtype=np.int64), loss=0.0), ["a", "b"], n_expected=5)
 

@@ -16,9 +16,9 @@ from tlearn.errors import TlearnError
 from tlearn.models.build import build_model
 from tlearn.precision import choose_precision
 from tlearn.run import train
-from tlearn.runtime import Runtime
 
 MakeConfig = Callable[..., Config]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def test_auto_on_a_cpu_is_bf16_where_it_is_worth_it(
 ) -> None:
     timed(monkeypatch, 10.0, bf16_ms)
     record = {"fp32_ms": 10.0, "bf16_ms": bf16_ms}
-    assert choose_precision("auto", Runtime(), build_model(tiny(), 10)) == (chosen, record)
+    assert choose_precision("auto", CPU, build_model(tiny(), 10)) == (chosen, record)
 
 
 def test_a_model_is_measured_once_a_size_and_machine(
@@ -54,11 +54,11 @@ def test_a_model_is_measured_once_a_size_and_machine(
 ) -> None:
     sizes = timed(monkeypatch, 10.0, 1.0)
     for size_px in (32, 32, 48, 32):
-        choose_precision("auto", Runtime(), build_model(tiny(f"data.image_size={size_px}"), 10))
+        choose_precision("auto", CPU, build_model(tiny(f"data.image_size={size_px}"), 10))
     assert sizes == [32, 48]
     assert len(json.loads(cache.read_text())) == 2
     cache.write_text("{torn")
-    choose_precision("auto", Runtime(), build_model(tiny(), 10))
+    choose_precision("auto", CPU, build_model(tiny(), 10))
     assert sizes == [32, 48, 32]
 
 
@@ -67,7 +67,7 @@ def test_auto_without_bf16_instructions_is_fp32_and_measures_nothing(
 ) -> None:
     sizes = timed(monkeypatch, 10.0, 1.0)
     monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: False)
-    assert choose_precision("auto", Runtime(), build_model(tiny(), 10)) == ("fp32", {})
+    assert choose_precision("auto", CPU, build_model(tiny(), 10)) == ("fp32", {})
     assert sizes == []
 
 

@@ -195,6 +195,7 @@ class Trap:
         ({"cls": b"1"}, "0001: needs an image"),
         ({"jpg": b"x", "cls": b"3"}, "0001: class 3, but data.stream.classes names 3"),
         ({"jpg": b"x", "cls": b"-1"}, "0001: needs an image"),
+        ({"cls": b"1", "CLS": b"1"}, r"x\.tar: cannot be read: 0001.CLS: duplicate file name"),
     ],
 )
 def test_a_sample_that_cannot_be_used_is_named(tmp_path: Path, members: dict[str, bytes], message: str) -> None:

@@ -6,7 +6,6 @@ A command runs in this process; `--nproc N` starts N of them unless a launcher (
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
@@ -19,11 +18,8 @@ from typing import Annotated, Any
 import typer
 
 from tlearn import __version__
-from tlearn.errors import EXPECTED, TlearnError
+from tlearn.errors import EXPECTED, TlearnError, refused
 from tlearn.signals import handled_by, stop
-
-_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-"""What a file system refuses: for the user to mend, so no traceback."""
 
 app = typer.Typer(
     name="tlearn",
@@ -103,6 +99,10 @@ def train(
     if run is None and resume is ResumeMode.must:
         raise TlearnError("--resume must: goes on with a run; name its folder: --run RUN")
     parsed = load_config(file, overrides, quick=quick)
+    if parsed.data.reader == "indexed" and (nproc or 1) > 1 and "WORLD_SIZE" not in os.environ:
+        from tlearn.data.prepare import open_or_prepare
+
+        open_or_prepare(parsed.data.path)  # here, where its progress is seen, before there are several processes
     _in_processes("tlearn.run:train", nproc, parsed, run, resume.value)
 
 
@@ -196,7 +196,12 @@ def _in_processes(function: str, nproc: int | None, *arguments: Any) -> Any:
         from tlearn.launch import run_ranks
 
         return run_ranks(call, (function, *arguments), nproc)[0]
-    return call(function, *arguments)
+    result = call(function, *arguments)
+    if launched is not None:
+        from tlearn.runtime import leave
+
+        leave()
+    return result
 
 
 def call(function: str, *arguments: Any) -> Any:
@@ -222,7 +227,8 @@ def main() -> None:
         print(f"tlearn{rank}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.errno not in _DENIED:
+        mistake = refused(error)
+        if mistake is None:
             raise
-        print(f"tlearn: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(TlearnError.exit_code)
+        print(f"tlearn: {mistake}", file=sys.stderr)
+        sys.exit(mistake.exit_code)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class Run:
     train_loader: Callable[[int, Share], Steps]
     """(image size in px, share) -> the training images of a stage."""
     val_loader: Steps
+    train_images: int
     share: Share
     model: Model
     objective: Objective
@@ -94,8 +95,10 @@ def run_stage(
     load_named_state(optimizer, optimizer_state)
     shell, stepper = runtime.prepare(Shell(run.objective), optimizer)
     runtime.load_scaler(progress.scaler)
-    share = _fitting_share(run, shell, optimizer, stage.image_size) if config.batch.find else run.share
-    warm_up(runtime, shell, model.net, optimizer, stage.image_size)
+    model.net.eval()  # the next two lines must not move statistics
+    share = _fitting_share(run, shell, optimizer, stage) if config.batch.find else run.share
+    warm_up(runtime, shell, optimizer, stage.image_size)
+    statistics = model.moving_statistics
     loader = run.train_loader(stage.image_size, share)
     total = stage.epochs * loader.steps_per_epoch
     ledger = Ledger(
@@ -112,7 +115,7 @@ def run_stage(
             epoch = progress.stage_step / loader.steps_per_epoch
             lr = stage.optimizer.lr * lr_factor(stage.schedule, epoch, stage.epochs)
             rates = set_learning_rates(optimizer, lr)
-            sums = _train_step(run, shell, optimizer, stepper, micro_batches)
+            sums = _train_step(run, shell, optimizer, stepper, statistics, micro_batches)
             ledger.add(sums, micro_batches, first_epoch + int(epoch), rates)
             advance(note=ledger.note)
             if progress.stage_step % loader.steps_per_epoch == 0:
@@ -143,25 +146,32 @@ def run_stage(
     return named_state(optimizer)
 
 
-def _fitting_share(run: Run, shell: nn.Module, optimizer: torch.optim.Optimizer, size_px: int) -> Share:
+def _fitting_share(run: Run, shell: nn.Module, optimizer: torch.optim.Optimizer, stage: Stage) -> Share:
     """The run's share of a batch in micro-batches that fit the memory of every process."""
-    per_process = -(-run.share.batch_size // run.share.world_size)
-    largest = -(-per_process // run.share.accumulate)
-    found = find_micro_batch(run.runtime, shell, optimizer, largest, size_px)
+    assert stage.image_size is not None
+    largest = run.share.largest_part(run.train_images)
+    found = find_micro_batch(run.runtime, shell, optimizer, largest, stage.image_size)
+    share = run.share.in_parts_of(found, run.train_images)
+    share.check(run.train_images, stage.name, run.model.smallest_batch)
     if found < largest:
-        show(f"batch.find: {size_px} px fit the memory in micro-batches of {found}")
-    return replace(run.share, accumulate=-(-per_process // found))
+        show(f"batch.find: {stage.image_size} px fit the memory in micro-batches of {found}")
+    return share
 
 
 def _train_step(
-    run: Run, shell: nn.Module, optimizer: torch.optim.Optimizer, stepper: Any, micro_batches: list[Batch]
+    run: Run,
+    shell: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    stepper: Any,
+    statistics: list[torch.Tensor],
+    micro_batches: list[Batch],
 ) -> torch.Tensor:
     """One optimizer step. Returns sums over all processes, not yet read: loss, correct, rejected, stop flags."""
     runtime, progress = run.runtime, run.progress
     accelerator = runtime.accelerator
     weight = run.objective.weight(micro_batches[0].global_labels)
     # a rejected step must not leave its mark on BatchNorm either
-    statistics = [buffer.clone() for buffer in run.model.moving_statistics]
+    before = [buffer.clone() for buffer in statistics]
     sums = torch.zeros(4, dtype=runtime.sum_dtype, device=runtime.device)
     for i, batch in enumerate(micro_batches):
         # for dropout: a function of the position, so that no generator's state has to be saved
@@ -173,7 +183,7 @@ def _train_step(
             accelerator.backward(out.loss * (runtime.world_size / weight))
         sums[0] += out.loss.detach()
         sums[1] += out.correct
-    average_statistics(runtime, run.model.moving_statistics)
+    average_statistics(runtime, statistics)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = accelerator.clip_grad_norm_(parameters, run.config.clip_norm or float("inf"))
     # fused optimizers skip a step where found_inf is 1, without a synchronisation; the norm is equal on all ranks
@@ -181,8 +191,8 @@ def _train_step(
     optimizer.found_inf = rejected  # type: ignore[attr-defined]
     stepper.step()
     stepper.zero_grad()
-    for buffer, before in zip(run.model.moving_statistics, statistics, strict=True):
-        buffer.copy_(torch.where(rejected > 0, before, buffer))
+    for buffer, old in zip(statistics, before, strict=True):
+        buffer.copy_(torch.where(rejected > 0, old, buffer))
     sums[2] = rejected / runtime.world_size
     sums[3] = float(bool(runtime.stop))
     return runtime.sum(sums)

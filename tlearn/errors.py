@@ -1,5 +1,7 @@
 """What tlearn raises on purpose, and the exit codes that these become."""
 
+import errno
+
 
 class TlearnError(ValueError):
     """Bad input or configuration: the message names the file or key and the way to mend it."""
@@ -30,3 +32,12 @@ class StoppedBySignalError(BaseException):
 
 EXPECTED = (TlearnError, DivergedError, RankFailedError, StoppedBySignalError)
 """These end the program with their message and their `exit_code`, without a traceback."""
+
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+
+
+def refused(error: BaseException) -> TlearnError | None:
+    """What a file system refuses is for the user to mend: rights, a full or a read-only disk."""
+    if isinstance(error, OSError) and error.errno in _REFUSALS:
+        return TlearnError(f"{error.filename}: {error.strerror}")
+    return None

@@ -19,11 +19,14 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from tlearn.data.workers import available_cores, end_with_parent, main_hidden
-from tlearn.errors import EXPECTED, RankFailedError, StoppedBySignalError
-from tlearn.signals import Handler, handled_by, stop
+from tlearn.errors import EXPECTED, RankFailedError, StoppedBySignalError, refused
+from tlearn.signals import Handler, StopFlag, handled_by, stop
 
 GRACE_S = 10.0
 """After one rank failed the others have this long to fail too before they are killed."""
+
+STOPPED_GRACE_S = 120.0
+"""As long the others have after one was stopped by a signal."""
 
 _REPORT_CHARACTERS = 20_000
 
@@ -60,6 +63,9 @@ class _Rank:
         except (EOFError, OSError):
             self.process.join()
             how = self.process.exitcode or 0
+            if how == -signal.SIGTERM:  # before it could handle signals
+                self.report = _Report(error=StoppedBySignalError("stopped by SIGTERM; start the same command again"))
+                return
             by = f"killed by {signal.Signals(-how).name}" if how < 0 else f"ended with exit code {how}"
             message = f"{self.name} (process {self.process.pid}) was {by}; the other ranks were ended"
             # before all others: they fail because this one is gone
@@ -83,6 +89,7 @@ def run_ranks(function: Callable[..., Any], arguments: Sequence[Any], nproc: int
     """
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // nproc))
     common = {
+        **os.environ,
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
         "MASTER_ADDR": "127.0.0.1",
@@ -92,7 +99,7 @@ def run_ranks(function: Callable[..., Any], arguments: Sequence[Any], nproc: int
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME") or ("lo0" if sys.platform == "darwin" else "lo"),
     }
     ranks: list[_Rank] = []
-    with handled_by(_forward_to(ranks)):
+    with handled_by(_forward_to(ranks, nproc)):
         try:
             for i in range(nproc):
                 ranks.append(_Rank(function, arguments, {**common, "RANK": str(i), "LOCAL_RANK": str(i)}))
@@ -111,7 +118,7 @@ def run_ranks(function: Callable[..., Any], arguments: Sequence[Any], nproc: int
 
 
 def _wait(ranks: Sequence[_Rank]) -> None:
-    """Until every rank has reported, or for GRACE_S once one has failed."""
+    """Until every rank has reported, or until those that are left have had their time."""
     deadline: float | None = None
     while waiting := [rank for rank in ranks if rank.report is None]:
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -124,15 +131,22 @@ def _wait(ranks: Sequence[_Rank]) -> None:
                 rank.read()
                 assert rank.report is not None
                 error = rank.report.error
-                # ranks that were stopped leave together once all is saved; finishing may take rank 0 longer
-                if error is not None and not isinstance(error, StoppedBySignalError):
-                    deadline = deadline or time.monotonic() + GRACE_S
+                if error is not None and deadline is None:
+                    # ranks that were stopped have saved together; finishing may take rank 0 longer
+                    stopped = isinstance(error, StoppedBySignalError)
+                    deadline = time.monotonic() + (STOPPED_GRACE_S if stopped else GRACE_S)
 
 
-def _forward_to(ranks: Sequence[_Rank]) -> Handler:
-    """Signals go to the ranks, which save and leave; this process waits for them."""
+def _forward_to(ranks: Sequence[_Rank], nproc: int) -> Handler:
+    """Signals go to the ranks, which save and leave; this process waits for them, but not for ever."""
+    first: list[float] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
+        if len(ranks) < nproc:  # nothing is under way yet
+            stop(number, frame)
+        first.append(time.monotonic())
+        if number == signal.SIGINT and first[-1] - first[0] > StopFlag.SAME_S:
+            raise KeyboardInterrupt
         for rank in ranks:
             if rank.process.is_alive():
                 # not as SIGINT: a terminal has sent them that already, and a second one means "at once"
@@ -142,6 +156,7 @@ def _forward_to(ranks: Sequence[_Rank]) -> Handler:
 
 
 def _run_rank(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], pipe: Any) -> None:
+    os.environ.clear()  # the server's, which may have been started long ago
     os.environ.update(environment)
     end_with_parent()
     import torch
@@ -152,10 +167,11 @@ def _run_rank(function: Callable[..., Any], arguments: tuple[Any, ...], environm
             report = _Report(result=function(*arguments))
     except EXPECTED as error:
         report = _Report(error=error, at=time.monotonic())
-    except BaseException:
+    except BaseException as error:
         at = time.monotonic()
         text = traceback.format_exc()[-_REPORT_CHARACTERS:]
-        report = _Report(error=RankFailedError(f"rank {environment['RANK']} failed:\n{text}"), at=at)
+        known = refused(error) or RankFailedError(f"rank {environment['RANK']} failed:\n{text}")
+        report = _Report(error=known, at=at)
     pipe.send(report)
     pipe.close()
     # torch's process group would wait for ranks that are gone

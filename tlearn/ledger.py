@@ -133,7 +133,7 @@ class Ledger:
         if progress.rejected >= MAX_REJECTED:
             cause = "the gradient overflowed" if math.isfinite(sums.loss) else "the loss is not finite"
             rate = max(row["lr"].values())
-            advice = f"a rate of {rate / 10:.1g} instead of {rate:.1g} (optimizer.lr, in a new --run)"
+            advice = f"a rate of {rate / 10:.1g} instead of {rate:.1g} (optimizer.lr of this stage, in a new --run)"
             newest = checkpoint.newest(self.checkpoints) or "none yet"
             raise DivergedError(
                 f"stage {self.stage}: {progress.rejected} steps in a row were skipped, because {cause}; their images "

@@ -29,7 +29,7 @@ class Counts(NamedTuple):
 def classification_report(counts: Counts, classes: Sequence[str], n_expected: int) -> dict[str, Any]:
     """Accuracy and per-class measures.
 
-    A loss sum that is not finite is reported as None. The calibration error is the mean distance between confidence
+    What is not finite is reported as None. The calibration error is the mean distance between confidence
     and accuracy in BINS equal bins of confidence (Naeini et al. 2015).
 
     Args:
@@ -50,11 +50,11 @@ def classification_report(counts: Counts, classes: Sequence[str], n_expected: in
         "top1": int(hits.sum()) / n if n else 0.0,
         "top1_interval95": [low, high],
         "top5": counts.top5 / n if n else 0.0,
-        "loss": counts.loss / n if n and math.isfinite(counts.loss) else None,
+        "loss": _finite(counts.loss / n) if n else None,
         "macro_precision": float(precision[present].mean()) if n else 0.0,
         "macro_recall": float(recall[present].mean()) if n else 0.0,
         "macro_f1": float(f1[present].mean()) if n else 0.0,
-        "calibration_error": float(np.abs(correct - confidence).sum() / n) if n else 0.0,
+        "calibration_error": _finite(float(np.abs(correct - confidence).sum()) / n if n else 0.0),
         "n": n,
         "n_expected": n_expected,
         "per_class": {
@@ -64,6 +64,10 @@ def classification_report(counts: Counts, classes: Sequence[str], n_expected: in
         "confusion": confusion.tolist(),
         "confidence_bins": {"n": in_bin.astype(int).tolist(), "correct": correct.astype(int).tolist()},
     }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _ratio(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

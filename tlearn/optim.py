@@ -94,6 +94,13 @@ def load_named_state(optimizer: torch.optim.Optimizer, state: Mapping[str, torch
                 optimizer.state[parameter][key] = torch.empty_like(like).copy_(value)
 
 
+def state_to_come(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """For every tensor that the first step will add to the state, the parameter of whose size it is."""
+    tensors = len(_state_keys(optimizer) - {"step"})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [parameter for parameter in parameters if not optimizer.state.get(parameter) for _ in range(tensors)]
+
+
 def _state_keys(optimizer: torch.optim.Optimizer) -> set[str]:
     if isinstance(optimizer, torch.optim.SGD):
         return {"momentum_buffer"} if optimizer.defaults["momentum"] else set()

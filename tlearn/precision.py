@@ -14,7 +14,7 @@ from torch import nn
 
 from tlearn.files import write_json
 from tlearn.models.build import Model
-from tlearn.runtime import Runtime, cuda_has_bf16
+from tlearn.runtime import cuda_has_bf16
 
 WORTH_IT = 1.2
 """bf16 has to be this many times as fast as fp32 on a CPU: it costs accuracy of the sums."""
@@ -23,19 +23,19 @@ _BATCH_SIZE, _ROUNDS = 8, 3
 Record = dict[str, float]
 
 
-def choose_precision(wanted: str, runtime: Runtime, model: Model) -> tuple[str, Record]:
-    """The precision, and what was measured to choose it (empty if nothing was).
+def choose_precision(wanted: str, device: torch.device, model: Model) -> tuple[str, Record]:
+    """The precision, and what was measured to choose it (empty if nothing was). Rank 0 decides for all.
 
     On CUDA `auto` is bf16 where the device has it, on other accelerators fp32. On a CPU with bf16 instructions a few
-    training steps of this model are timed, once per model, size and machine: rank 0 decides for all.
+    training steps of this model are timed, once per model, size and machine.
     """
     if wanted != "auto":
         return wanted, {}
-    if runtime.device.type == "cuda":
+    if device.type == "cuda":
         return ("bf16" if cuda_has_bf16() else "fp32"), {}
-    if runtime.device.type != "cpu" or not _cpu_has_bf16():
+    if device.type != "cpu" or not _cpu_has_bf16():
         return "fp32", {}
-    record = runtime.on_main(lambda: _measured(model))
+    record = _measured(model)
     return ("bf16" if record["fp32_ms"] > WORTH_IT * record["bf16_ms"] else "fp32"), record
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from tlearn.data.loader import Batch
 from tlearn.errors import RankFailedError, TlearnError
+from tlearn.optim import state_to_come
 from tlearn.runtime import Runtime
 
 _CHUNK = 2**22
@@ -62,17 +63,19 @@ def average_statistics(runtime: Runtime, buffers: Sequence[torch.Tensor]) -> Non
         buffer.copy_(mean.view_as(buffer))
 
 
-def warm_up(runtime: Runtime, shell: nn.Module, net: nn.Module, optimizer: torch.optim.Optimizer, size_px: int) -> None:
+def warm_up(runtime: Runtime, shell: nn.Module, optimizer: torch.optim.Optimizer, size_px: int) -> None:
     """One forward and backward with a loss of zero after every wrap.
 
     DDP orders its buckets anew after the first backward, which changes the rounding of sums over three or more ranks:
     afterwards a resumed stage computes what an uninterrupted one does, bit for bit. It also shows which parameters the
     model does not use.
 
+    Args:
+        shell: prepared, its model in eval mode.
+
     Raises:
         TlearnError: trainable parameters without gradient.
     """
-    net.eval()  # no statistics are updated
     runtime.accelerator.backward(shell(blank_batch(runtime, 1, size_px)).loss * 0)
     missing = [
         name
@@ -109,14 +112,14 @@ def find_micro_batch(
 
 def _fits(runtime: Runtime, shell: nn.Module, optimizer: torch.optim.Optimizer, size: int, size_px: int) -> bool:
     """Try a step beside the optimizer's state to come, without communication: another rank may run out of memory."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: list[Any] = []
+    state: list[torch.Tensor] = []
     try:
-        state += [torch.zeros_like(parameter) for parameter in parameters for _ in range(2)]
+        state += [torch.zeros_like(parameter) for parameter in state_to_come(optimizer)]
         with runtime.accelerator.no_sync(shell):
             runtime.accelerator.backward(shell(blank_batch(runtime, size, size_px)).loss * 0)
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        out_of_memory = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+        if not out_of_memory and "CUBLAS_STATUS_ALLOC_FAILED" not in str(error):
             raise
         return False
     finally:

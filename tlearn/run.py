@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,9 @@ import torch
 
 from tlearn import checkpoint
 from tlearn.checkpoint import Progress
-from tlearn.config import Config, Stage
+from tlearn.config import Config
 from tlearn.console import show
 from tlearn.data.loader import Share
-from tlearn.data.order import steps_per_epoch
 from tlearn.data.source import Source, open_source
 from tlearn.engine import Run, run_stage
 from tlearn.errors import TlearnError
@@ -55,13 +54,16 @@ def train(config: Config, folder: str | Path | None = None, resume: Resume = "au
     share = _share(config, runtime, source.sizes["train"])
     model = build_model(config, len(source.classes))
     place = runtime.on_main(lambda: RunFolder.named(folder, config))
-    precision, measured = choose_precision(place.precision_of(config), runtime, model)
+    precision, measured = runtime.on_main(lambda: choose_precision(place.precision_of(config), runtime.device, model))
+    _check_precision(precision, runtime)
     runtime.set_precision(precision)
     config = _resolved(config, model, precision)
     stages = filled(config)
     sizes = {name: parameter.numel() for name, parameter in model.net.named_parameters()}
     plan = [resolve(stage, list(sizes), model.head, model.blocks) for stage in stages]
-    _check_parts(stages, plan, model, share, source.sizes["train"])
+    for stage, multipliers in zip(stages, plan, strict=True):
+        model.set_trainable(multipliers)
+        share.check(source.sizes["train"], stage.name, model.smallest_batch)
 
     with closing(place):
         newest = runtime.on_main(lambda: place.newest_checkpoint(config, source.fingerprint, resume))
@@ -81,6 +83,7 @@ def train(config: Config, folder: str | Path | None = None, resume: Resume = "au
             classes=source.classes,
             train_loader=lambda size_px, share: source.train_loader(model.sized(size_px), share, **loading),
             val_loader=source.eval_loader("val", model.preprocessing, share.for_evaluation(), **loading),
+            train_images=source.sizes["train"],
             share=share,
             model=model,
             objective=build_objective(config.objective, model.net, source.per_class).to(runtime.device),
@@ -106,8 +109,7 @@ def train(config: Config, folder: str | Path | None = None, resume: Resume = "au
 
 def _check_names(config: Config, runtime: Runtime) -> None:
     """What can be known to be wrong before a long `prepare` or download begins."""
-    if reason := runtime.unsupported(config.precision):
-        raise TlearnError(f"precision = {config.precision!r}: {reason}")
+    _check_precision(config.precision, runtime)
     if config.model.sync_batchnorm and runtime.device.type == "cpu":
         raise TlearnError("model.sync_batchnorm: needs an accelerator; leave it out on a CPU")
     full_name(config.model.backbone)
@@ -115,30 +117,15 @@ def _check_names(config: Config, runtime: Runtime) -> None:
     filled(config)
 
 
+def _check_precision(precision: str, runtime: Runtime) -> None:
+    if reason := runtime.unsupported(precision):
+        raise TlearnError(f"precision = {precision!r}: {reason}")
+
+
 def _share(config: Config, runtime: Runtime, n: int) -> Share:
-    size, world_size = config.batch.size, runtime.world_size
-    if size > n:
-        raise TlearnError(f"batch.size = {size}: there are only {n} train images; use batch.size={n}")
-    largest = -(-n // steps_per_epoch(n, size))  # batches are cut evenly
-    per_process = -(-largest // world_size)
-    return Share(size, runtime.rank, world_size, accumulate=-(-per_process // (config.batch.micro or per_process)))
-
-
-def _check_parts(
-    stages: Sequence[Stage], plan: Sequence[Mapping[str, float]], model: Model, share: Share, n: int
-) -> None:
-    """No process may be left without an image in any micro-batch, nor a train-mode BatchNorm with a single one."""
-    smallest = share.smallest_part(n)
-    for stage, multipliers in zip(stages, plan, strict=True):
-        model.set_trainable(multipliers)
-        needed = 2 if model.moving_statistics else 1
-        if smallest < needed:
-            why = "the BatchNorm layers that it trains need two" if needed == 2 else "every process needs one"
-            fix = "raise batch.size or batch.micro" + (", or set model.batch_norm=frozen" if needed == 2 else "")
-            raise TlearnError(
-                f"batch.size = {share.batch_size}: stage {stage.name} would have micro-batches of {smallest} images "
-                f"({share.world_size} processes, {share.accumulate} parts each); {why}: {fix}"
-            )
+    if config.batch.size > n:
+        raise TlearnError(f"batch.size = {config.batch.size}: there are only {n} train images; use batch.size={n}")
+    return Share(config.batch.size, runtime.rank, runtime.world_size).in_parts_of(config.batch.micro, n)
 
 
 def _resolved(config: Config, model: Model, precision: str) -> Config:

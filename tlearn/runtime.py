@@ -46,6 +46,11 @@ class Runtime:
 
     def __init__(self) -> None:
         check_rendezvous(os.environ)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        if not use_cpu() and here > torch.accelerator.device_count():
+            raise TlearnError(
+                f"{here} processes on a machine with {torch.accelerator.device_count()} devices; start one per device"
+            )
         self.state = PartialState(cpu=use_cpu())
         asked = int(os.environ.get("WORLD_SIZE") or 1)
         if asked != self.world_size:
@@ -191,6 +196,12 @@ class Runtime:
             "cpu_count": os.cpu_count(),
             "threads": torch.get_num_threads(),
         }
+
+
+def leave() -> None:
+    """Part from the other processes once all is done; after a failure it could wait for ranks that are gone."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def use_cpu() -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -80,6 +80,32 @@ class Share:
     def part(self, start: int, stop: int, micro: int) -> tuple[int, int]:
         """Of positions [start, stop), a global batch, those of micro-batch `micro` of this process."""
         return part_of(*part_of(start, stop, self.rank, self.world_size), micro, self.accumulate)
+
+    def in_parts_of(self, micro: int | None, n: int) -> Share:
+        """The share cut into micro-batches of at most `micro` images (None: not cut), in an epoch of n images."""
+        largest = replace(self, accumulate=1).largest_part(n)
+        return replace(self, accumulate=-(-largest // (micro or largest)))
+
+    def largest_part(self, n: int) -> int:
+        """Images in the largest micro-batch of any process in an epoch of n."""
+        batch = -(-n // steps_per_epoch(n, self.batch_size))
+        return -(-batch // self.world_size // self.accumulate)
+
+    def check(self, n: int, stage: str, needed: int) -> None:
+        """Raise where a process would have fewer than `needed` images in a micro-batch.
+
+        Raises:
+            TlearnError: with what to change.
+        """
+        smallest = self.smallest_part(n)
+        if smallest < needed:
+            why = "the BatchNorm layers that it trains need two" if needed == 2 else "every process needs one"
+            frozen = ", or set model.batch_norm=frozen" if needed == 2 else ""
+            raise TlearnError(
+                f"batch.size = {self.batch_size}: stage {stage} would have micro-batches of {smallest} images "
+                f"({self.world_size} processes, {self.accumulate} parts each); {why}: raise batch.size or "
+                f"batch.micro{frozen}"
+            )
 
     def for_evaluation(self) -> Share:
         """EVAL_IMAGES per process at once: without gradients memory is no question."""

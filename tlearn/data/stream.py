@@ -81,7 +81,7 @@ def _samples(url: str) -> Iterator[dict[str, Any]]:
     try:
         yield from group_by_keys({**member, "__url__": url} for member in tar_file_iterator(stream))
         stream.close()  # the end of a program that failed shows here
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, ValueError, tarfile.TarError) as error:
         raise TlearnError(f"{url}: cannot be read: {error}") from None
     finally:
         with suppress(OSError):

@@ -56,6 +56,11 @@ class Model:
         norms = [m for m in self.net.modules() if isinstance(m, _BatchNorm) and m not in self._eval_modules]
         return [buffer for norm in norms for buffer in norm.buffers()]
 
+    @property
+    def smallest_batch(self) -> int:
+        """Images that a micro-batch must have: train-mode BatchNorm has no variance of one."""
+        return 2 if self.moving_statistics else 1
+
     def train(self) -> None:
         """Training mode, except for frozen parts: they stay in eval (BatchNorm statistics, dropout)."""
         self.net.train()
