@@ -81,7 +81,9 @@ def _samples(url: str) -> Iterator[dict[str, Any]]:
     try:
         yield from group_by_keys({**member, "__url__": url} for member in tar_file_iterator(stream))
         stream.close()  # the end of a program that failed shows here
-    except (OSError, ValueError, tarfile.TarError) as error:
+    except ValueError as error:  # of webdataset: a name that stands there twice
+        raise TlearnError(f"{url}: cannot be read: {error.args[0]}") from None
+    except (OSError, tarfile.TarError) as error:
         raise TlearnError(f"{url}: cannot be read: {error}") from None
     finally:
         with suppress(OSError):
