@@ -369,7 +369,7 @@ def test_one_image_alone_never_reaches_a_train_mode_batch_norm(
 
 
 def test_a_batch_too_small_for_the_processes_is_refused(tiny: MakeConfig, tmp_path: Path) -> None:
-    with pytest.raises(TlearnError, match=r"batch.size = 2: .* micro-batches of 0 images \(3 processes"):
+    with pytest.raises(TlearnError, match=r"batch.size = 2: fewer images than the 3 processes"):
         run_ranks(train, (tiny("batch.size=2", "model.batch_norm=frozen"), tmp_path / "run"), 3)
 
 
@@ -519,6 +519,30 @@ def test_half_set_environments_are_refused() -> None:
             check_rendezvous({key: value for key, value in whole.items() if key != name})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc, which is no number"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT=x, which is no number"),
+        ({"RANK": "2"}, "RANK=2 of WORLD_SIZE=2; ranks count from 0"),
+    ],
+)
+def test_senseless_environments_are_refused(change: dict[str, str], message: str) -> None:
+    whole = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1234"}
+    with pytest.raises(TlearnError, match=message):
+        check_rendezvous({**whole, **change})
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_for_the_others_can_be_stopped() -> None:
+    environment = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    process = subprocess.Popen([sys.executable, "-m", "tlearn", "doctor"], env={**os.environ, **environment})
+    time.sleep(8)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(timeout=10) != 0
+
+
 def test_a_world_size_other_than_the_one_asked_for_is_an_error(
     photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -547,6 +571,7 @@ def test_doctor_shows_every_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     ("change", "advice"),
     [
         ({"threads": 8}, "OMP_NUM_THREADS=2"),
+        ({"cores": 1, "threads": 1}, "start 1 at most"),
         ({"shared_memory_mib": 64}, "--shm-size"),
         ({"devices_here": 2, "device": "cuda:0"}, "share a device"),
         ({"devices_here": 4}, "--nproc"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import signal
 import time
@@ -68,9 +69,13 @@ def evaluation(split: Split, *, workers: int = 0, **share: int) -> Loader:
     return eval_loader(split, PREPROCESSING, Share(**{"batch_size": BATCH, **share}), workers=workers, **SETTINGS)
 
 
-def take(loader: Loader, first: int, last: int, first_epoch: int = 0) -> list[list[Batch]]:
-    with loader.steps(first, last, first_epoch) as steps:
-        return list(steps)
+def take(loader: Loader, first: int, last: int, first_epoch: int = 0, *, close: bool = True) -> list[list[Batch]]:
+    try:
+        with loader.steps(first, last, first_epoch) as steps:
+            return list(steps)
+    finally:
+        if close:
+            loader.close()
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -308,3 +313,23 @@ def test_workers_that_are_not_forked_give_the_same(split: Split, monkeypatch: py
     for (a,), (b,) in zip(expected, found, strict=True):
         assert torch.equal(a.keys, b.keys)
         assert torch.equal(a.images, b.images)
+
+
+def test_workers_of_evaluation_stay_until_it_is_closed(split: Split) -> None:
+    def workers() -> set[int]:
+        return {child.pid for child in multiprocessing.active_children()}
+
+    before = workers()
+    loader = evaluation(split, workers=2)
+    first = take(loader, 0, loader.steps_per_epoch, close=False)
+    kept = workers() - before
+    assert len(kept) == 2
+    again = take(loader, 0, loader.steps_per_epoch, close=False)
+    assert workers() - before == kept
+    assert [[b.keys.tolist() for b in step] for step in first] == [[b.keys.tolist() for b in step] for step in again]
+    with loader.steps(0, loader.steps_per_epoch) as steps:
+        next(steps)  # left before the end
+    third = take(loader, 0, loader.steps_per_epoch, close=False)
+    assert [[b.keys.tolist() for b in step] for step in third] == [[b.keys.tolist() for b in step] for step in first]
+    loader.close()
+    assert workers() - before == set()

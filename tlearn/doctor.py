@@ -81,10 +81,10 @@ def problems(report: Report) -> list[str]:
         if ranks[0]["devices_here"] > len(ranks):
             found.append(f"{host}: {ranks[0]['devices_here']} devices, {len(ranks)} processes; --nproc N uses N")
         threads, cores = sum(rank["threads"] for rank in ranks), ranks[0]["cores"]
-        if threads > cores:
-            found.append(
-                f"{host}: {threads} threads on {cores} cores; set OMP_NUM_THREADS={max(1, cores // len(ranks))}"
-            )
+        if len(ranks) > cores:
+            found.append(f"{host}: {len(ranks)} processes on {cores} cores; start {cores} at most")
+        elif threads > cores:
+            found.append(f"{host}: {threads} threads on {cores} cores; set OMP_NUM_THREADS={cores // len(ranks)}")
         shm = ranks[0]["shared_memory_mib"]
         if shm is not None and shm < _SHM_NEEDED_MIB:
             found.append(

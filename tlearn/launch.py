@@ -59,6 +59,9 @@ class _Rank:
     def read(self) -> None:
         """Take the report; a rank that ended without one was killed."""
         try:
+            # not simply `recv`: a loader worker that outlives its rank holds the other end, and there would be no end
+            if not self.pipe.poll():
+                raise EOFError
             self.report = self.pipe.recv()
         except (EOFError, OSError):
             self.process.join()

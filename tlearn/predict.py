@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,7 +99,10 @@ class Classifier:
         loaders = self._held_out() if data is None else self._foreign(Path(data).expanduser())
         if not loaders:
             raise TlearnError(f"{data}: has no val or test images")
-        results = {name: evaluate(self.runtime, self.net, loader, self.classes) for name, loader in loaders.items()}
+        results: dict[str, Any] = {}
+        for name, loader in loaders.items():
+            with closing(loader):
+                results[name] = evaluate(self.runtime, self.net, loader, self.classes)
         return results | {"image_size_px": self.preprocessing.size_px}
 
     def _held_out(self) -> dict[str, Steps]:

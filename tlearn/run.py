@@ -93,7 +93,7 @@ def train(config: Config, folder: str | Path | None = None, resume: Resume = "au
         _introduce(run, source)
         show_stages(stages, plan, sizes)
 
-        with closing(run.tracker):
+        with closing(run.tracker), closing(run.val_loader):
             optimizer_state: Mapping[str, torch.Tensor] = restored.optimizer if restored else {}
             with handled_by(runtime.stop.set):
                 for number, (stage, multipliers) in enumerate(zip(stages, plan, strict=True)):
@@ -125,6 +125,8 @@ def _check_precision(precision: str, runtime: Runtime) -> None:
 def _share(config: Config, runtime: Runtime, n: int) -> Share:
     if config.batch.size > n:
         raise TlearnError(f"batch.size = {config.batch.size}: there are only {n} train images; use batch.size={n}")
+    if config.batch.size < runtime.world_size:
+        raise TlearnError(f"batch.size = {config.batch.size}: fewer images than the {runtime.world_size} processes")
     return Share(config.batch.size, runtime.rank, runtime.world_size).in_parts_of(config.batch.micro, n)
 
 
@@ -148,7 +150,8 @@ def _introduce(run: Run, source: Source) -> None:
     show(f"data      {run.config.data.path}: {len(run.classes)} classes, {counts}")
     show(f"model     {run.model.backbone}, weights {run.model.weights}, {run.model.preprocessing.size_px} px")
     where = f"{run.runtime.device.type}, {run.runtime.precision}, processes: {run.runtime.world_size}"
-    show(f"compute   {where}, batch {run.config.batch.size} in {run.share.accumulate} parts each")
+    parts = f", each process's part in {run.share.accumulate} micro-batches" if run.share.accumulate > 1 else ""
+    show(f"compute   {where}, batch {run.config.batch.size}{parts}")
     resumed = f", resumed at step {run.progress.step:,}" if run.progress.step else ""
     show(f"run       {run.folder.path}{resumed}")
 
@@ -161,8 +164,10 @@ def _result(run: Run, source: Source) -> dict[str, Any]:
     result = {"val": evaluate(runtime, net, run.val_loader, run.classes)}
     if "test" in source.sizes:
         share = run.share.for_evaluation()
-        loader = source.eval_loader("test", run.model.preprocessing, share, runtime.device, runtime.dtype)
-        result["test"] = evaluate(runtime, net, loader, run.classes)
+        with closing(
+            source.eval_loader("test", run.model.preprocessing, share, runtime.device, runtime.dtype)
+        ) as loader:
+            result["test"] = evaluate(runtime, net, loader, run.classes)
     return result | {
         "best": best,
         "image_size_px": run.model.preprocessing.size_px,

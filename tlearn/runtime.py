@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import signal
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from torch import nn
 
 from tlearn import console
 from tlearn.errors import TlearnError
-from tlearn.signals import StopFlag
+from tlearn.signals import StopFlag, handled_by
 
 RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables by which processes find each other; torchrun, accelerate and `--nproc` set all of them."""
@@ -51,7 +52,9 @@ class Runtime:
             raise TlearnError(
                 f"{here} processes on a machine with {torch.accelerator.device_count()} devices; start one per device"
             )
-        self.state = PartialState(cpu=use_cpu())
+        # while the processes look for each other nothing is under way, and no handler of ours could run
+        with handled_by(signal.SIG_DFL):
+            self.state = PartialState(cpu=use_cpu())
         asked = int(os.environ.get("WORLD_SIZE") or 1)
         if asked != self.world_size:
             raise TlearnError(
@@ -219,13 +222,21 @@ def check_rendezvous(environment: Mapping[str, str]) -> None:
         TlearnError: which are set and which are missing.
     """
     missing = [name for name in RENDEZVOUS if not environment.get(name)]
-    if missing and len(missing) < len(RENDEZVOUS):
+    if len(missing) == len(RENDEZVOUS):
+        return
+    if missing:
         present = [name for name in RENDEZVOUS if name not in missing]
         raise TlearnError(
             f"the environment has {', '.join(present)} but not {', '.join(missing)}: a launcher set it up by half, and "
             "this process would train alone. Use --nproc N, torchrun, or accelerate launch with a file of launch/; "
             f"or unset {', '.join(present)}"
         )
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not environment[name].isdecimal():
+            raise TlearnError(f"the environment has {name}={environment[name]}, which is no number")
+    if int(environment["RANK"]) >= int(environment["WORLD_SIZE"]):
+        rank, world_size = environment["RANK"], environment["WORLD_SIZE"]
+        raise TlearnError(f"the environment has RANK={rank} of WORLD_SIZE={world_size}; ranks count from 0")
 
 
 def cuda_has_bf16() -> bool:

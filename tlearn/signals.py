@@ -14,10 +14,11 @@ from tlearn.errors import StoppedBySignalError
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 Handler = Callable[[int, FrameType | None], None]
+"""Or `signal.SIG_DFL`: end at once."""
 
 
 @contextmanager
-def handled_by(handler: Handler) -> Iterator[None]:
+def handled_by(handler: Handler | signal.Handlers) -> Iterator[None]:
     """Inside, `handler` takes the signals that ask to stop; the handlers of before come back at the end."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     # elsewhere (a notebook's worker thread, say) Python can set no handlers

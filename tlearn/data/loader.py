@@ -125,8 +125,11 @@ class Steps(Protocol):
     def steps(self, first: int, last: int, first_epoch: int = 0) -> AbstractContextManager[Iterator[list[Batch]]]:
         """The micro-batches of each step in [first, last), counted from the start of epoch `first_epoch`.
 
-        Leaving the context ends the workers, also those that are still decoding.
+        Leaving the context ends the workers, also those that are still decoding, unless they are kept for another pass.
         """
+
+    def close(self) -> None:
+        """End workers that were kept."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,7 @@ class Loader:
         device: where batches go.
         dtype: of the images.
         workers: processes; 0: decode here.
+        keep_workers: from one pass to the next.
     """
 
     def __init__(
@@ -214,7 +218,9 @@ class Loader:
         device: torch.device,
         dtype: torch.dtype,
         workers: int,
+        keep_workers: bool = False,
     ) -> None:
+        self.fetcher = Fetcher(device, keep=keep_workers)
         self.dataset = MicroBatches(split, order, transform, share, seed, preprocessing.size_px)
         self.preprocessing, self.device, self.dtype, self.workers = preprocessing, device, dtype, workers
         self.steps_per_epoch = steps_per_epoch(len(order), share.batch_size)
@@ -226,33 +232,62 @@ class Loader:
         accumulate = self.dataset.share.accumulate
         positions = Positions(first, last, first_epoch, self.steps_per_epoch, accumulate)
         workers = min(self.workers, len(positions))
-        with fetch(self.dataset, positions, workers, self.device) as batches:
+        with self.fetcher.fetch(self.dataset, positions, workers) as batches:
             yield grouped((to_batch(t, self.preprocessing, self.device, self.dtype) for t in batches), accumulate)
 
+    def close(self) -> None:
+        """See `Steps`."""
+        self.fetcher.close()
 
-@contextmanager
-def fetch(
-    dataset: Dataset[Any], positions: Positions | None, workers: int, device: torch.device
-) -> Iterator[Iterator[tuple[torch.Tensor, ...]]]:
-    """What the data set gives, made in worker processes, which end with the context, also when still decoding."""
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=positions,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_init_worker,
-        prefetch_factor=4 if workers else None,
-        multiprocessing_context=START_METHOD if workers else None,
-    )
-    batches: Any = iter(loader)
-    try:
-        yield _raised(batches)
-    finally:
-        if workers:
-            batches._shutdown_workers()
-            for process in batches._workers:  # they ignore SIGTERM, by which torch would end a slow one
+
+class Fetcher:
+    """Worker processes that make what a data set gives.
+
+    Args:
+        device: where it goes.
+        keep: they stay for the next pass over the same positions, until `close`. Evaluation comes after every epoch,
+            and a fork while other threads run can lock up (Python before 3.12), so it is done once.
+    """
+
+    def __init__(self, device: torch.device, *, keep: bool) -> None:
+        self.device, self.keep = device, keep
+        self._loader: DataLoader[Any] | None = None
+        self._positions: Positions | None = None
+        self._batches: Any = None
+
+    @contextmanager
+    def fetch(
+        self, dataset: Dataset[Any], positions: Positions | None, workers: int
+    ) -> Iterator[Iterator[tuple[torch.Tensor, ...]]]:
+        """One pass; the workers end with the context, also when still decoding, unless they are kept."""
+        if self._loader is None or positions != self._positions:
+            self.close()
+            self._positions = positions
+            self._loader = DataLoader(
+                dataset,
+                batch_size=None,
+                sampler=positions,
+                num_workers=workers,
+                pin_memory=self.device.type == "cuda",
+                worker_init_fn=_init_worker,
+                prefetch_factor=4 if workers else None,
+                multiprocessing_context=START_METHOD if workers else None,
+                persistent_workers=self.keep and workers > 0,
+            )
+        self._batches = iter(self._loader)
+        try:
+            yield _raised(self._batches)
+        finally:
+            if not self.keep:
+                self.close()
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._loader is not None and self._loader.num_workers:
+            self._batches._shutdown_workers()
+            for process in self._batches._workers:  # they ignore SIGTERM, by which torch would end a slow one
                 process.kill()
+        self._loader = self._batches = None
 
 
 def _raised(batches: Iterator[tuple[torch.Tensor, ...] | TlearnError]) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -311,4 +346,15 @@ def eval_loader(
 ) -> Loader:
     """Every image once, as it is, in the order of the shards."""
     transform, order = EvalTransform(preprocessing), SequentialOrder(len(split))
-    return Loader(split, order, transform, preprocessing, share, seed=0, device=device, dtype=dtype, workers=workers)
+    return Loader(
+        split,
+        order,
+        transform,
+        preprocessing,
+        share,
+        seed=0,
+        device=device,
+        dtype=dtype,
+        workers=workers,
+        keep_workers=True,
+    )

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from tlearn.data.decode import FORMATS, UnreadableImageError
-from tlearn.data.loader import Batch, Positions, Share, Transform, fetch, grouped, to_batch
+from tlearn.data.loader import Batch, Fetcher, Positions, Share, Transform, grouped, to_batch
 from tlearn.data.order import batch_range, mix, permutation, steps_per_epoch
 from tlearn.data.transforms import Preprocessing
 from tlearn.errors import TlearnError
@@ -140,6 +140,7 @@ class StreamLoader:
         self.samples_per_epoch, self.steps_per_epoch = n, steps_per_epoch(n, share.batch_size)
         self.shards, self.transform, self.share, self.seed = shards, transform, share, seed
         self.preprocessing, self.device, self.dtype = preprocessing, device, dtype
+        self.fetcher = Fetcher(device, keep=seed is None)
         # a worker without a shard would have nothing to give
         self.workers = min(workers, len(shards.urls) // share.world_size)
 
@@ -157,8 +158,12 @@ class StreamLoader:
             dataset = _TrainBatches(
                 self.shards, self.transform, self.share, size_px, positions, self.samples_per_epoch, self.seed
             )
-        with fetch(dataset, None, self.workers, self.device) as batches:
+        with self.fetcher.fetch(dataset, None, self.workers) as batches:
             yield grouped((to_batch(t, self.preprocessing, self.device, self.dtype) for t in batches), accumulate)
+
+    def close(self) -> None:
+        """See `loader.Steps`."""
+        self.fetcher.close()
 
 
 class _MicroBatches(IterableDataset[Any]):
