@@ -276,12 +276,13 @@ def test_steps_with_non_finite_gradients_are_skipped_then_end_the_run(
     reached: list[dict[str, torch.Tensor]] = []
     keys: list[list[int]] = []
 
-    def poison(run: engine.Run, shell: Any, optimizer: Any, stepper: Any, micro_batches: Any) -> torch.Tensor:
+    def poison(run: engine.Run, *rest: Any) -> torch.Tensor:
+        micro_batches = rest[-1]
         if next(poisoned):
             micro_batches[0].images.fill_(float("nan"))
         keys.append(micro_batches[0].keys.numpy().view(np.uint64).tolist())
         reached.append({name: tensor.clone() for name, tensor in run.model.net.state_dict().items()})
-        return step(run, shell, optimizer, stepper, micro_batches)
+        return step(run, *rest)
 
     monkeypatch.setattr(engine, "_train_step", poison)
     monkeypatch.setattr(ledger, "MAX_REJECTED", 3)
