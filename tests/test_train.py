@@ -114,6 +114,7 @@ def test_the_first_loss_is_that_of_a_uniform_guess(tiny: MakeConfig, tmp_path: P
     assert rows(tmp_path / "run", "step")[0]["train/loss"] == pytest.approx(math.log(10), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_training_learns(tiny: MakeConfig, tmp_path: Path) -> None:
     result = train(tiny("strategy=full", "epochs=6", "optimizer.lr=0.01"), tmp_path / "run")
     losses = [row["train/loss"] for row in rows(tmp_path / "run", "epoch")]
@@ -121,6 +122,7 @@ def test_training_learns(tiny: MakeConfig, tmp_path: Path) -> None:
     assert result["val"]["top1"] > 0.3  # ten equal classes: chance is 0.1
 
 
+@pytest.mark.slow
 def test_the_best_epoch_is_what_is_scored_at_the_end(tiny: MakeConfig, tmp_path: Path) -> None:
     result = train(tiny("strategy=full", "epochs=5", "optimizer.lr=0.03", "seed=1"), tmp_path / "run")
     epochs = rows(tmp_path / "run", "epoch")
@@ -233,6 +235,7 @@ def test_frozen_parts_do_not_move_and_trained_parts_do(tiny: MakeConfig, tmp_pat
             assert torch.equal(tensor, after[name]), name  # BatchNorm's running statistics too
 
 
+@pytest.mark.slow
 def test_learning_rates_follow_stage_multiplier_and_restart(tiny: MakeConfig, tmp_path: Path) -> None:
     train(tiny(STAGES), tmp_path / "run")
     steps = rows(tmp_path / "run", "step")
@@ -243,6 +246,7 @@ def test_learning_rates_follow_stage_multiplier_and_restart(tiny: MakeConfig, tm
     assert steps[28]["lr"] == {"1": 0.01}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_autocast_is_on_in_every_stage_and_in_evaluation(
     tiny: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, expected: torch.dtype
