@@ -26,9 +26,10 @@ def configure(*, quiet: bool = False, log: Path | None = None) -> None:
     _log = None if quiet else log
 
 
-def is_quiet() -> bool:
-    """Whether this process shows nothing."""
-    return _console.quiet
+def close_log() -> None:
+    """What is shown from here on belongs to something else."""
+    global _log
+    _log = None
 
 
 def show(message: RenderableType) -> None:

@@ -68,16 +68,10 @@ def problems(report: Report) -> list[str]:
     reduced = report["all_reduce"]
     if reduced["sum"] != reduced["expected"]:
         found.append(f"the sum over all ranks is {reduced['sum']}, not {reduced['expected']}: do not train like this")
-    worlds = {str(rank["environment"].get("WORLD_SIZE", report["world_size"])) for rank in report["ranks"]}
-    if worlds != {str(report["world_size"])}:
-        found.append("WORLD_SIZE differs from the number of processes; start all of them with one launcher")
     by_host: dict[str, list[Report]] = {}
     for rank in report["ranks"]:
         by_host.setdefault(rank["host"], []).append(rank)
     for host, ranks in by_host.items():
-        devices = [rank["device"] for rank in ranks]
-        if ranks[0]["devices_here"] and len(set(devices)) < len(devices):
-            found.append(f"{host}: several ranks share a device ({', '.join(devices)}); start one process per device")
         if ranks[0]["devices_here"] > len(ranks):
             found.append(f"{host}: {ranks[0]['devices_here']} devices, {len(ranks)} processes; --nproc N uses N")
         threads, cores = sum(rank["threads"] for rank in ranks), ranks[0]["cores"]

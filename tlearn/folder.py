@@ -119,8 +119,8 @@ class RunFolder:
         self._lock = log
 
     def close(self) -> None:
-        """What is shown from here on belongs to something else."""
-        console.configure(quiet=console.is_quiet())
+        """Leave the folder to others; what is shown from here on is not logged there."""
+        console.close_log()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
