@@ -16,13 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tlearn import checkpoint
-from tlearn.checkpoint import Progress, Restored, load, load_best, newest, save, save_best
+from tlearn.checkpoint import Progress, State, copied, load, load_best, newest, publish_best, save, save_best
 from tlearn.errors import TlearnError
 
 FILES = ("model.safetensors", "optimizer.safetensors", "progress.json", "manifest.json")
 
 
-def load_newest(root: Path) -> Restored | None:
+def load_newest(root: Path) -> State | None:
     """What a resumed run gets."""
     folder = newest(root)
     return load(folder) if folder else None
@@ -34,7 +34,8 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
 
 
 def save_step(root: Path, step: int) -> Path:
-    return save(root, tensors(step), {"w/exp_avg": torch.full((3, 2), float(step))}, Progress(step=step, samples=7))
+    optimizer = {"w/exp_avg": torch.full((3, 2), float(step))}
+    return save(root, State(tensors(step), optimizer, Progress(step=step, samples=7)), kept=2)
 
 
 def newest_step(root: Path) -> int | None:
@@ -73,10 +74,10 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
         seconds=0.1 + 0.2,
         rejected=2,
         epoch_sums={"loss": 1 / 3, "n": 32.0},
-        best={"top1": 2 / 3, "stage": "head", "step": 4},
+        best=[{"top1": 2 / 3, "stage": "head", "step": 4}],
         wandb_id="abc",
     )
-    save(tmp_path / "checkpoints", model, optimizer, progress)
+    save(tmp_path / "checkpoints", State(copied(model), copied(optimizer), progress), kept=2)
     restored = load_newest(tmp_path / "checkpoints")
 
     assert restored is not None
@@ -114,7 +115,7 @@ def test_a_checkpoint_names_its_files_sizes_and_hashes(tmp_path: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
 
     assert folders(folder) == sorted(FILES)
-    assert manifest["version"] == 1
+    assert manifest["version"] == 2
     assert set(manifest["files"]) == set(FILES) - {"manifest.json"}
     assert all(entry["bytes"] == (folder / name).stat().st_size for name, entry in manifest["files"].items())
 
@@ -152,7 +153,7 @@ def test_with_any_byte_changed_the_previous_one_is_taken(tmp_path: Path, name: s
     save_step(tmp_path, 1)
     path = save_step(tmp_path, 2) / name
     whole = path.read_bytes()
-    version = whole.find(b'"version": 1') + len(b'"version": ') if name == "manifest.json" else -1
+    version = whole.find(b'"version": 2') + len(b'"version": ') if name == "manifest.json" else -1
     wrong = []
     for position in range(0, len(whole), 1 if len(whole) < 900 else 3):
         for bit in (0x01, 0x20, 0x80):
@@ -182,12 +183,12 @@ null
 []
 "x"
 {}
-{"version": 1}
-{"version": 1, "files": null}
-{"version": 1, "files": []}
-{"version": 1, "files": {}}
-{"version": 1, "files": {"model.safetensors": 3}}
-{"version": 1, "files": {"model.safetensors": {}}}
+{"version": 2}
+{"version": 2, "files": null}
+{"version": 2, "files": []}
+{"version": 2, "files": {}}
+{"version": 2, "files": {"model.safetensors": 3}}
+{"version": 2, "files": {"model.safetensors": {}}}
 """
 
 
@@ -212,40 +213,42 @@ def test_if_none_is_whole_there_is_nothing_to_load(tmp_path: Path) -> None:
     for step in (1, 2):
         (save_step(tmp_path, step) / "model.safetensors").write_bytes(b"")
 
-    assert newest_step(tmp_path) is None
+    with pytest.raises(TlearnError, match=r"(?s)no checkpoint is whole.*step-00000002: model.*step-00000001: model"):
+        newest_step(tmp_path)
 
 
-def test_another_format_version_is_an_error_that_names_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 17])
+def test_another_format_version_is_an_error_that_names_it(tmp_path: Path, version: int) -> None:
     path = save_step(tmp_path, 2) / "manifest.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 17'))
+    path.write_text(path.read_text().replace('"version": 2', f'"version": {version}'))
 
-    with pytest.raises(TlearnError, match=r"step-00000002: checkpoint format version 17.*reads version 1"):
+    with pytest.raises(TlearnError, match=rf"step-00000002: checkpoint format version {version}.*reads version 2"):
         load_newest(tmp_path)
 
 
 def test_the_same_step_saved_twice_is_the_second(tmp_path: Path) -> None:
     save_step(tmp_path, 1)
     save_step(tmp_path, 2)
-    save(tmp_path, {"w": torch.ones(1)}, {}, Progress(step=2, stage=1))
+    save(tmp_path, State({"w": torch.ones(1)}, {}, Progress(step=2, stage=1)), kept=2)
     restored = load_newest(tmp_path)
 
     assert restored is not None
     assert (restored.progress.step, restored.progress.stage) == (2, 1)
     assert restored.model["w"].tolist() == [1.0]
-    assert folders(tmp_path) == ["step-00000001", "step-00000002"]
+    assert folders(tmp_path) == ["step-00000002", "step-00000002.1"]
 
 
-@pytest.mark.parametrize("damaged", [[6], [5, 6]])
+@pytest.mark.parametrize("damaged", [[5], [6]])
 def test_what_is_saved_after_going_back_to_an_older_one_is_kept(tmp_path: Path, damaged: list[int]) -> None:
     for step in (5, 6):
         save_step(tmp_path, step)
     for step in damaged:
         (tmp_path / f"step-{step:08d}" / "model.safetensors").write_bytes(b"")
-    start = newest_step(tmp_path) or 0
+    start = newest_step(tmp_path)
+    assert start is not None
     for step in range(start + 1, start + 4):
-        if step not in (5, 6):
-            save_step(tmp_path, step)
-            assert newest_step(tmp_path) == step
+        save_step(tmp_path, step)
+        assert newest_step(tmp_path) == step
 
 
 def test_damaged_checkpoints_do_not_count_among_the_two_that_are_kept(tmp_path: Path) -> None:
@@ -300,7 +303,8 @@ def test_what_a_killed_process_left_half_written_is_removed_by_the_next_save(tmp
 def test_a_pickle_in_the_place_of_tensors_is_not_read(tmp_path: Path) -> None:
     folder = save_step(tmp_path, 2)
     torch.save(tensors(2), folder / "model.safetensors")
-    assert newest_step(tmp_path) is None
+    with pytest.raises(TlearnError, match=r"model\.safetensors is damaged"):
+        newest_step(tmp_path)
 
     manifest = json.loads((folder / "manifest.json").read_text())
     entry = manifest["files"]["model.safetensors"]
@@ -330,20 +334,73 @@ def test_progress_is_readable_json(tmp_path: Path) -> None:
 # best weights
 
 
+def score(step: int, top1: float = 0.5) -> dict[str, Any]:
+    return {"step": step, "top1": top1, "stage": "höchste"}
+
+
+def keep_best(root: Path, *scores: dict[str, Any]) -> Path:
+    """Weights of the last of these scores are written, all of them shown."""
+    save_best(root / "checkpoints", tensors(scores[-1]["step"]), scores[-1])
+    publish_best(root / "checkpoints", root / "best", sorted(scores, key=lambda s: -s["top1"]))
+    return root / "best" / "model.safetensors"
+
+
 def test_the_best_weights_carry_their_score(tmp_path: Path) -> None:
-    path = tmp_path / "best" / "model.safetensors"
-    save_best(path, tensors(1), {"top1": 2 / 3, "stage": "höchste"})
+    path = keep_best(tmp_path, score(1, 2 / 3))
     state, best = load_best(path)
 
     assert torch.equal(state["w"], tensors(1)["w"])
-    assert best == {"top1": 2 / 3, "stage": "höchste"}
+    assert best == score(1, 2 / 3)
     with safe_open(path, framework="pt") as file:
         assert json.loads(file.metadata()["best"])["top1"] == 2 / 3
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_as_many_best_weights_are_shown_as_there_are_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def refuse(*paths: Path) -> None:
+        raise OSError("no hard links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    keep_best(tmp_path, score(1, 0.1))
+    keep_best(tmp_path, score(1, 0.1), score(2, 0.3))
+    path = keep_best(tmp_path, score(1, 0.1), score(2, 0.3), score(3, 0.2))
+
+    assert folders(tmp_path / "best") == ["model.safetensors", "top-2.safetensors", "top-3.safetensors"]
+    assert [load_best(path.with_name(name))[1]["step"] for name in folders(tmp_path / "best")] == [2, 3, 1]
+    assert all(
+        torch.equal(load_best(path.with_name(name))[0]["w"], tensors(step)["w"])
+        for name, step in zip(folders(tmp_path / "best"), (2, 3, 1), strict=True)
+    )
+    publish_best(tmp_path / "checkpoints", tmp_path / "best", [score(3)])  # a run that went back, and keeps one only
+    assert folders(tmp_path / "best") == ["model.safetensors"]
+    assert load_best(path)[1]["step"] == 3
+
+
+def test_weights_stay_as_long_as_a_checkpoint_counts_them_among_the_best(tmp_path: Path) -> None:
+    def save_with(step: int, *best: int) -> None:
+        progress = Progress(step=step, best=[score(s) for s in best])
+        save(tmp_path / "checkpoints", State(tensors(step), {}, progress), kept=2)
+
+    def kept() -> list[str]:
+        return [name[5:13] for name in folders(tmp_path / "checkpoints") if name.startswith("best")]
+
+    keep_best(tmp_path, score(1))
+    save_with(2, 1)
+    keep_best(tmp_path, score(2))
+    save_with(3, 2)
+    assert kept() == ["00000001", "00000002"]  # whoever goes on from step 2 needs those of step 1
+    save_with(4, 2)
+    assert kept() == ["00000002"]
+    (tmp_path / "checkpoints" / "step-00000004" / "progress.json").write_text("{")
+    save_with(5, 2)
+    assert kept() == ["00000002"]
+
+
 def test_best_weights_are_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "model.safetensors"
-    save_best(path, tensors(1), {"top1": 0.1})
+    path = keep_best(tmp_path, score(1, 0.1))
 
     def torn(state: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
         Path(path).write_bytes(b"torn")
@@ -352,14 +409,13 @@ def test_best_weights_are_replaced_in_one_step(tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", torn)
         with pytest.raises(OSError, match="No space"):
-            save_best(path, tensors(2), {"top1": 0.2})
-    assert load_best(path)[1] == {"top1": 0.1}
+            keep_best(tmp_path, score(1, 0.1), score(2, 0.2))
+    assert load_best(path)[1] == score(1, 0.1)
 
-    save_best(path, tensors(2), {"top1": 0.2})
+    keep_best(tmp_path, score(1, 0.1), score(2, 0.2))
     state, best = load_best(path)
-    assert best == {"top1": 0.2}
+    assert best == score(2, 0.2)
     assert torch.equal(state["w"], tensors(2)["w"])
-    assert folders(tmp_path) == ["model.safetensors"]
 
 
 def test_no_best_weights_yet_is_an_error_with_a_reason(tmp_path: Path) -> None:
@@ -369,8 +425,7 @@ def test_no_best_weights_yet_is_an_error_with_a_reason(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [0, 5, 20, -1])
 def test_damaged_best_weights_are_an_error_that_names_the_file(tmp_path: Path, length: int) -> None:
-    path = tmp_path / "model.safetensors"
-    save_best(path, tensors(1), {"top1": 0.1})
+    path = keep_best(tmp_path, score(1))
     path.write_bytes(path.read_bytes()[:length])
 
     with pytest.raises(TlearnError, match=r"model\.safetensors"):

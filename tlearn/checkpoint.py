@@ -4,14 +4,17 @@ checkpoints/step-00000123/model.safetensors      parameters and buffers
                           optimizer.safetensors  "parameter/state" -> tensor
                           progress.json          where the run is
                           manifest.json          size and SHA-256 of the others
+            step-00000123.1/                     saved again at the same step: after the evaluation, say
+            best-00000123.safetensors            weights of an epoch that a checkpoint counts among the best
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +27,9 @@ from tlearn.console import show
 from tlearn.errors import TlearnError
 from tlearn.files import fsync, replace, sha256
 
-FORMAT_VERSION = 1
-KEPT = 2
+FORMAT_VERSION = 2
 _FILES = ("model.safetensors", "optimizer.safetensors", "progress.json")
+_NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -39,6 +42,8 @@ class Progress:
     """Stages finished."""
     stage_step: int = 0
     """Optimizer steps done in the current stage."""
+    stage_epochs: int = 0
+    """Epochs of the current stage that were evaluated; a checkpoint may stand between the last step and this."""
     step: int = 0
     """Optimizer steps done in all."""
     samples: int = 0
@@ -53,69 +58,97 @@ class Progress:
     """State of the loss scaler (fp16 only)."""
     epoch_sums: dict[str, float] = field(default_factory=dict)
     """Sums over the current epoch so far: loss, weight, correct, samples."""
-    best: dict[str, Any] = field(default_factory=dict)
-    """Val measures of the best epoch so far, and where it was."""
+    best: list[dict[str, Any]] = field(default_factory=list)
+    """Val measures of the best epochs so far and where they were, the best first."""
+    metrics_bytes: int = 0
+    """Length of metrics.jsonl."""
     config: dict[str, Any] = field(default_factory=dict)
     """The run's options: it goes on with the same ones only."""
+    overridden: list[str] = field(default_factory=list)
+    """Options that were changed on the way, with --override."""
     data_fingerprint: str = ""
     """Of the prepared data: a run goes on with the same images only."""
     wandb_id: str | None = None
     """Of the W&B run that a resumed run continues."""
 
 
-class Restored(NamedTuple):
-    """A checkpoint that was read."""
+class State(NamedTuple):
+    """What a checkpoint holds."""
 
-    model: dict[str, torch.Tensor]
-    optimizer: dict[str, torch.Tensor]
+    model: Tensors
+    optimizer: Tensors
     progress: Progress
 
 
-def save(root: Path, model: Tensors, optimizer: Tensors, progress: Progress) -> Path:
-    """Write a checkpoint; older ones are pruned once it is in place."""
-    final = root / f"step-{progress.step:08d}"
+def copied(tensors: Tensors) -> dict[str, torch.Tensor]:
+    """What safetensors can write: contiguous tensors of their own memory, on the CPU."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def save(root: Path, state: State, kept: int) -> Path:
+    """Write a checkpoint; what is older than the newest `kept` is pruned once it is in place.
+
+    Args:
+        root: where the checkpoints lie.
+        state: tensors as `copied` gives them.
+        kept: 2 or more.
+
+    Raises:
+        OSError, SafetensorError: the disk is full, say; what was there before is still there, and nothing else.
+    """
+    final = _free_name(root, state.progress.step)
     for half_written in root.glob(".step-*"):  # by a process that was killed
         shutil.rmtree(half_written)
     temporary = root / f".{final.name}"
     temporary.mkdir(parents=True)
-    save_file(_plain(model), temporary / "model.safetensors")
-    save_file(_plain(optimizer), temporary / "optimizer.safetensors")
-    (temporary / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
-    manifest = {
-        "version": FORMAT_VERSION,
-        "files": {
-            name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)} for name in _FILES
-        },
-    }
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in temporary.iterdir():
-        fsync(path)
-    fsync(temporary)
-    replaced = root / f".step-replaced-{progress.step}"
-    if final.exists():  # the same step saved twice: at the end of an epoch, then by a signal
-        final.rename(replaced)
-    temporary.rename(final)
+    try:
+        _write(temporary, state)
+        temporary.rename(final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # room for the next attempt
+        raise
     fsync(root)
-    shutil.rmtree(replaced, ignore_errors=True)
     folders = _checkpoints(root)
     # what is newer than this was damaged: the run went on from before it
-    abandoned = [folder for folder in folders if _step(folder) > progress.step]
-    for old in abandoned + folders[len(abandoned) :][KEPT:]:
+    abandoned = folders[: folders.index(final)]
+    for old in abandoned + folders[len(abandoned) :][kept:]:
         shutil.rmtree(old)
+    named = {_best(root, score) for folder in _checkpoints(root) for score in _scores(folder)}
+    for weights in set(root.glob("best-*.safetensors")) - named:
+        weights.unlink()
     return final
 
 
+def _write(folder: Path, state: State) -> None:
+    save_file(dict(state.model), folder / "model.safetensors")
+    save_file(dict(state.optimizer), folder / "optimizer.safetensors")
+    (folder / "progress.json").write_text(json.dumps(asdict(state.progress)), encoding="utf-8")
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in _FILES}
+    manifest = {"version": FORMAT_VERSION, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in folder.iterdir():
+        fsync(path)
+    fsync(folder)
+
+
 def newest(root: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are passed over with a message.
+    """The newest checkpoint that is whole; damaged ones are passed over with a message. None: there are none.
 
     Raises:
-        TlearnError: a checkpoint of another format version.
+        TlearnError: none of those that are there is whole, or one has another format version.
     """
+    damaged = []
     for folder in _checkpoints(root):
         if reason := _damage(folder):
-            show(f"{folder}: {reason}; trying the one before")
+            damaged.append(f"{folder}: {reason}")
             continue
+        for message in damaged:
+            show(f"{message}; trying the one before")
         return folder
+    if damaged:
+        raise TlearnError(
+            "\n  ".join([f"{root}: no checkpoint is whole; restore one, or choose another --run:", *damaged])
+        )
     return None
 
 
@@ -124,21 +157,46 @@ def read_progress(folder: Path) -> Progress:
     return Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
 
 
-def load(folder: Path) -> Restored:
+def load(folder: Path) -> State:
     """Read a checkpoint that `newest` has found whole."""
-    return Restored(
+    return State(
         load_file(folder / "model.safetensors"),
         load_file(folder / "optimizer.safetensors"),
         read_progress(folder),
     )
 
 
-def save_best(path: Path, model: Tensors, best: Mapping[str, Any]) -> None:
-    """Replace the best weights in one step; what they scored stands in the file's own header."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(_plain(model), temporary, metadata={"best": json.dumps(dict(best))})
+def save_best(root: Path, model: Tensors, score: Mapping[str, Any]) -> None:
+    """Keep the weights of an epoch, with what they scored in the file's own header.
+
+    Args:
+        root: where the checkpoints lie; there it stays as long as one of them names it in `Progress.best`.
+        model: tensors as `copied` gives them.
+        score: an entry of `Progress.best`.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    path = _best(root, score)
+    temporary = path.with_name(f".{path.name}")
+    save_file(dict(model), temporary, metadata={"best": json.dumps(dict(score))})
     replace(temporary, path)
+
+
+def publish_best(root: Path, folder: Path, best: Sequence[Mapping[str, Any]]) -> None:
+    """Make `folder` show the weights of these epochs, each in one step: model.safetensors, top-2.safetensors, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ["model.safetensors", *(f"top-{i}.safetensors" for i in range(2, len(best) + 1))]
+    for name, score in zip(names, best, strict=False):
+        temporary = folder / f".{name}"
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(_best(root, score), temporary)
+        except OSError:  # no hard links in this file system
+            shutil.copyfile(_best(root, score), temporary)
+        replace(temporary, folder / name)
+        temporary.unlink(missing_ok=True)  # renaming a file to a second name of its own does nothing
+    for path in folder.glob("top-*.safetensors"):
+        if path.name not in names:
+            path.unlink()
 
 
 def load_best(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -157,14 +215,32 @@ def load_best(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise TlearnError(f"{path}: damaged ({error}); restore the file, or train again") from None
 
 
+def _scores(folder: Path) -> list[dict[str, Any]]:
+    try:
+        return read_progress(folder).best
+    except (OSError, ValueError, TypeError):  # damaged, or of another version: nobody can go on from it
+        return []
+
+
+def _best(root: Path, score: Mapping[str, Any]) -> Path:
+    return root / f"best-{score['step']:08d}.safetensors"
+
+
+def _free_name(root: Path, step: int) -> Path:
+    there = [serial for found, serial in map(_position, _checkpoints(root)) if found == step]
+    return root / (f"step-{step:08d}.{max(there) + 1}" if there else f"step-{step:08d}")
+
+
 def _checkpoints(root: Path) -> list[Path]:
     """Newest first."""
-    folders = [p for p in root.glob("step-*") if p.is_dir() and p.name[5:].isdecimal()]
-    return sorted(folders, key=_step, reverse=True)
+    return sorted((p for p in root.glob("step-*") if _NAME.fullmatch(p.name)), key=_position, reverse=True)
 
 
-def _step(folder: Path) -> int:
-    return int(folder.name[5:])
+def _position(folder: Path) -> tuple[int, int]:
+    """Step, and how many were saved at it before."""
+    match = _NAME.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1]), int(match[2] or 0)
 
 
 def _damage(folder: Path) -> str | None:
@@ -187,8 +263,3 @@ def _damage(folder: Path) -> str | None:
         if not path.is_file() or path.stat().st_size != size or sha256(path) != digest:
             return f"{name} is damaged"
     return None
-
-
-def _plain(tensors: Tensors) -> dict[str, torch.Tensor]:
-    """What safetensors can write: contiguous tensors that share no memory, on the CPU."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}

@@ -86,6 +86,9 @@ def train(
     run: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<time>-<strategy>.")] = None,
     nproc: NprocOption = None,
     resume: Annotated[ResumeMode, typer.Option(help="Go on with the run in the folder?")] = ResumeMode.auto,
+    override: Annotated[
+        bool, typer.Option("--override", help="Go on with options that have changed, where that is safe.")
+    ] = False,
 ) -> None:
     """Train and evaluate a classifier. Without CONFIG, --run RUN goes on with the run in RUN."""
     from tlearn.configfile import load_config
@@ -103,7 +106,7 @@ def train(
         from tlearn.data.prepare import open_or_prepare
 
         open_or_prepare(parsed.data.path)  # here, where its progress is seen, before there are several processes
-    _in_processes("tlearn.run:train", nproc, parsed, run, resume.value)
+    _in_processes("tlearn.run:train", nproc, parsed, run, resume.value, override)
 
 
 @app.command()

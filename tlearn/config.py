@@ -222,12 +222,23 @@ class Batch(Section):
 
 
 class SaveEvery(Section):
-    """When checkpoints are written; one is always written at the end of a stage and on a signal."""
+    """When checkpoints are written, beside training; one is always written at the end of a stage and on a signal."""
 
-    epochs: Epochs = 1
-    """Every so many epochs."""
+    epochs: Epochs | None = 1
+    """Every so many epochs, before the evaluation; null: not by epochs."""
     steps: int | None = Field(None, ge=1)
     """Every so many optimizer steps as well."""
+    minutes: float | None = Field(15.0, gt=0)
+    """So many minutes after the one before as well: what a crash can cost at most. null: not by the clock."""
+
+
+class Keep(Section):
+    """What of a run's weights stays on the disk."""
+
+    checkpoints: int = Field(2, ge=2)
+    """The newest so many checkpoints; not fewer than two, in case the newest is damaged."""
+    best: int = Field(1, ge=1)
+    """Weights of so many of the best epochs: best/model.safetensors, best/top-2.safetensors, ..."""
 
 
 class Wandb(Section):
@@ -293,6 +304,8 @@ class Config(Section):
     """Of everything random: order, augmentation, initial weights, dropout."""
     save_every: SaveEvery = SaveEvery()
     """When checkpoints are written."""
+    keep: Keep = Keep()
+    """What of a run's weights stays on the disk."""
     tracking: Tracking = Tracking()
     """Where metrics go besides metrics.jsonl."""
     quick: Quick = Quick()

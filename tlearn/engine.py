@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from tlearn import checkpoint
 from tlearn.checkpoint import Progress
-from tlearn.config import Config, SaveEvery, Stage
+from tlearn.config import Config, Stage
 from tlearn.console import progress_bar, show
 from tlearn.data.loader import Batch, Share, Steps
 from tlearn.data.order import mix
@@ -27,6 +26,7 @@ from tlearn.objectives import LossSum, Objective
 from tlearn.optim import build_optimizer, load_named_state, lr_factor, named_state, set_learning_rates
 from tlearn.replicas import average_statistics, check_replicas, find_micro_batch, warm_up
 from tlearn.runtime import Runtime
+from tlearn.saver import Saver
 from tlearn.tracking import Tracker
 
 Tensors = Mapping[str, torch.Tensor]
@@ -48,6 +48,7 @@ class Run:
     model: Model
     objective: Objective
     tracker: Tracker
+    saver: Saver
     progress: Progress
 
 
@@ -101,16 +102,20 @@ def run_stage(
     statistics = model.moving_statistics
     loader = run.train_loader(stage.image_size, share)
     total = stage.epochs * loader.steps_per_epoch
-    ledger = Ledger(
-        runtime, run.objective, run.tracker, progress, stage.name, run.folder.checkpoints, audit=config.run.audit
-    )
+    ledger = Ledger(runtime, run.objective, run.tracker, progress, stage.name, run.saver, audit=config.run.audit)
     started = time.perf_counter()
 
+    def epoch_is_over() -> bool:
+        return progress.stage_step == (progress.stage_epochs + 1) * loader.steps_per_epoch
+
     with (
+        _saved_when_stopped(run, ledger, optimizer),
         loader.steps(progress.stage_step, total, first_epoch) as steps,
         progress_bar(stage.name, total, progress.stage_step) as advance,
     ):
         model.train()
+        if epoch_is_over():  # the run ended between the last step of an epoch and its evaluation
+            _finish_epoch(run, ledger, stage, first_epoch)
         for micro_batches in steps:
             epoch = progress.stage_step / loader.steps_per_epoch
             lr = stage.optimizer.lr * lr_factor(stage.schedule, epoch, stage.epochs)
@@ -118,17 +123,12 @@ def run_stage(
             sums = _train_step(run, shell, optimizer, stepper, statistics, micro_batches)
             ledger.add(sums, micro_batches, first_epoch + int(epoch), rates)
             advance(note=ledger.note)
-            if progress.stage_step % loader.steps_per_epoch == 0:
-                _finish_epoch(run, ledger, stage, first_epoch + int(epoch))
-            if ledger.stop or _save_is_due(config.save_every, progress, loader.steps_per_epoch, total):
-                ledger.settle()
-                _save(run, optimizer)
-                ledger.pause()
             if ledger.stop:
-                raise StoppedBySignalError(
-                    f"stopped by {runtime.stop.signal or 'a signal to another process'}, everything is saved; "
-                    f"go on with: tlearn train --run {run.folder.path}"
-                )
+                raise runtime.stop.error()
+            if ledger.save or run.saver.is_due(progress, loader.steps_per_epoch):
+                _save(run, ledger, optimizer)
+            if epoch_is_over():
+                _finish_epoch(run, ledger, stage, first_epoch)
     run.tracker.log(
         {
             "kind": "stage",
@@ -140,8 +140,8 @@ def run_stage(
             "seconds": round(time.perf_counter() - started, 3),
         }
     )
-    progress.stage, progress.stage_step = progress.stage + 1, 0
-    _save(run, optimizer)
+    progress.stage, progress.stage_step, progress.stage_epochs = progress.stage + 1, 0, 0
+    _save(run, ledger, optimizer)
     runtime.accelerator.free_memory()
     return named_state(optimizer)
 
@@ -166,13 +166,13 @@ def _train_step(
     statistics: list[torch.Tensor],
     micro_batches: list[Batch],
 ) -> torch.Tensor:
-    """One optimizer step. Returns sums over all processes, not yet read: loss, correct, rejected, stop flags."""
+    """One optimizer step. Returns `ledger.StepSums` over all processes, (5,), not yet read."""
     runtime, progress = run.runtime, run.progress
     accelerator = runtime.accelerator
     weight = run.objective.weight(micro_batches[0].global_labels)
     # a rejected step must not leave its mark on BatchNorm either
     before = [buffer.clone() for buffer in statistics]
-    sums = torch.zeros(4, dtype=runtime.sum_dtype, device=runtime.device)
+    sums = torch.zeros(5, dtype=runtime.sum_dtype, device=runtime.device)
     for i, batch in enumerate(micro_batches):
         # for dropout: a function of the position, so that no generator's state has to be saved
         torch.manual_seed(mix(run.config.seed, progress.step, i, runtime.rank))
@@ -194,14 +194,15 @@ def _train_step(
     for buffer, old in zip(statistics, before, strict=True):
         buffer.copy_(torch.where(rejected > 0, old, buffer))
     sums[2] = rejected / runtime.world_size
-    sums[3] = float(bool(runtime.stop))
+    sums[3], sums[4] = float(bool(runtime.stop)), float(run.saver.is_due_by_clock)
     return runtime.sum(sums)
 
 
-def _finish_epoch(run: Run, ledger: Ledger, stage: Stage, epoch: int) -> None:
-    """Evaluate, log the epoch, keep the best weights; `epoch` counts over all stages."""
+def _finish_epoch(run: Run, ledger: Ledger, stage: Stage, first_epoch: int) -> None:
+    """Evaluate, log the epoch, keep the best weights."""
     ledger.settle()
     progress, size_px = run.progress, run.model.preprocessing.size_px
+    epoch = first_epoch + progress.stage_epochs
     check_replicas(run.runtime, run.model.net, f"after epoch {epoch + 1}")
     val = evaluate(run.runtime, run.model.net, run.val_loader, run.classes)
     run.model.train()
@@ -215,15 +216,16 @@ def _finish_epoch(run: Run, ledger: Ledger, stage: Stage, epoch: int) -> None:
         f"val/top1@{size_px}": val["top1"],
         f"val/loss@{size_px}": val["loss"],
     }
-    run.tracker.log({"kind": "epoch", **place, "samples": progress.samples, **measures})
+    run.tracker.log({"kind": "epoch", **place, "samples": progress.samples, **measures, **run.saver.account()})
     show(
         f"epoch {epoch + 1:3d}  {stage.name:12s}  train loss {_number(loss)}  top-1 {top1 or 0:6.1%}"
         f"  |  val@{size_px} loss {_number(val['loss'])}  top-1 {val['top1']:6.1%}"
     )
-    if not progress.best or _rank(val) > _rank(progress.best):
-        progress.best = {**place, "top1": val["top1"], "loss": val["loss"], "selected_on": "val"}
-        if run.runtime.is_main:
-            checkpoint.save_best(run.folder.best, run.model.net.state_dict(), progress.best)
+    score = {**place, "top1": val["top1"], "loss": val["loss"], "selected_on": "val"}
+    # sorting keeps the order of equals: the earlier epoch wins
+    progress.best = sorted([*progress.best, score], key=_rank, reverse=True)[: run.config.keep.best]
+    progress.stage_epochs += 1
+    run.saver.keep_best(run.model.net.state_dict(), progress.best, score)
     ledger.pause()
 
 
@@ -236,19 +238,22 @@ def _number(loss: float | None) -> str:
     return "not finite" if loss is None else f"{loss:.4f}"
 
 
-def _save_is_due(every: SaveEvery, progress: Progress, steps_per_epoch: int, total: int) -> bool:
-    """At a step boundary inside the stage; its end is saved as the beginning of the next one."""
-    if progress.stage_step == total:
-        return False
-    epochs, into_epoch = divmod(progress.stage_step, steps_per_epoch)
-    if into_epoch == 0 and epochs % every.epochs == 0:
-        return True
-    return every.steps is not None and progress.step % every.steps == 0
+@contextmanager
+def _saved_when_stopped(run: Run, ledger: Ledger, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A stop on which all ranks agreed leaves with everything saved."""
+    try:
+        yield
+    except StoppedBySignalError as stopped:
+        _save(run, ledger, optimizer)
+        run.runtime.on_main(run.saver.wait)
+        raise StoppedBySignalError(
+            f"{stopped}, everything is saved; go on with: tlearn train --run {run.folder.path}"
+        ) from None
 
 
-def _save(run: Run, optimizer: torch.optim.Optimizer) -> None:
+def _save(run: Run, ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:
+    ledger.settle()
     run.progress.scaler = run.runtime.scaler_state()
-    if run.runtime.is_main:
-        run.progress.wandb_id = run.tracker.wandb_id
-        checkpoint.save(run.folder.checkpoints, run.model.net.state_dict(), named_state(optimizer), run.progress)
-    run.runtime.wait()
+    run.saver.save(run.model.net.state_dict(), named_state(optimizer), run.progress)
+    ledger.save = False
+    ledger.pause()

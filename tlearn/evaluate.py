@@ -30,6 +30,7 @@ def evaluate(runtime: Runtime, net: nn.Module, loader: Steps, classes: Sequence[
         classes: names in label order.
 
     Raises:
+        StoppedBySignalError: a signal came to one of the ranks, which then left out what it had not yet evaluated.
         TlearnError: the number of samples counted is not the number in the index.
     """
     net.eval()
@@ -46,6 +47,8 @@ def evaluate(runtime: Runtime, net: nn.Module, loader: Steps, classes: Sequence[
         progress_bar("evaluating", loader.steps_per_epoch) as advance,
     ):
         for batch in chain.from_iterable(steps):
+            if runtime.stop:
+                break
             if not len(batch.labels):  # fewer images than processes
                 continue
             logits = net(batch.images)
@@ -60,6 +63,8 @@ def evaluate(runtime: Runtime, net: nn.Module, loader: Steps, classes: Sequence[
             bins = (share * BINS).long().clamp(0, BINS - 1)
             confidence.index_add_(0, bins, torch.stack([torch.ones_like(share), correct[:, 0].to(share), share], dim=1))
             advance()
+    if runtime.sum(torch.tensor(float(bool(runtime.stop)), device=runtime.device)):
+        raise runtime.stop.error()
     counts = Counts(
         runtime.sum(confusion).cpu().numpy().astype(np.int64).reshape(n_classes, n_classes),
         int(runtime.sum(top5)),

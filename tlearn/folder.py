@@ -5,8 +5,8 @@ environment.json  versions, machine, devices
 metrics.jsonl     one object per step, epoch and stage
 result.json       final scores of the best weights
 log.txt           what people were shown
-checkpoints/      the last two
-best/             model.safetensors and model.json: what `load` needs
+checkpoints/      the last two, and the weights of the epochs that these count among the best
+best/             model.safetensors and model.json: what `load` needs; top-2.safetensors, ... on request (keep.best)
 """
 
 from __future__ import annotations
@@ -18,17 +18,25 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from tlearn import checkpoint, console
+from tlearn.checkpoint import Progress
 from tlearn.config import Config
 from tlearn.configfile import differing_keys, dump_config, load_config
 from tlearn.errors import TlearnError
 from tlearn.files import write_json, write_text
-from tlearn.models.build import Model
+from tlearn.models.build import Card, Model
 
 Resume = Literal["auto", "never", "must"]
 
-FREE_TO_CHANGE = ("data.path", "data.workers", "save_every.", "tracking.")
+FREE_TO_CHANGE = ("data.path", "data.workers", "save_every.", "keep.", "tracking.", "run.audit", "quick.")
 """Options in which a run and its resumption may differ: they do not change the numbers. (That data at another place
 are the same shows their fingerprint.)"""
+
+SAFE_TO_CHANGE = (
+    *("batch.micro", "batch.find", "clip_norm", "precision", "objective.", "data.augment.", "model.dropout"),
+    *("optimizer.", "schedule.", "strategy", "epochs"),  # for stages that name no other
+)
+"""Options that a run may change on the way, with --override: what was trained and where it stands keep their meaning.
+Stages that have not ended are as safe."""
 
 
 class RunFolder:
@@ -55,11 +63,11 @@ class RunFolder:
             return load_config(self.config).precision
         return config.precision
 
-    def newest_checkpoint(self, config: Config, data_fingerprint: str, resume: Resume) -> Path | None:
-        """Where the run in this folder stopped; None: it starts from the beginning. Writes nothing.
+    def newest_checkpoint(self, resume: Resume) -> Path | None:
+        """Where the run in this folder stopped; None: it starts from the beginning. Holds the folder until `close`.
 
         Raises:
-            TlearnError: the folder holds something else, a run with other options, or not what `resume` asks for.
+            TlearnError: the folder holds something else, or not what `resume` asks for; no checkpoint is whole.
         """
         found = None
         if not self.config.exists():
@@ -70,34 +78,50 @@ class RunFolder:
         else:
             self.lock()
             found = checkpoint.newest(self.checkpoints)
-            progress = checkpoint.read_progress(found) if found else None
-            # not config.yaml, which somebody may have edited since
-            began = Config.model_validate(progress.config) if progress else load_config(self.config)
-            if differing := [d for d in differing_keys(began, config) if not d.startswith(FREE_TO_CHANGE)]:
-                raise TlearnError(
-                    "\n  ".join([f"{self.path}: holds a run with other options; choose another --run:", *differing])
-                )
-            if progress and progress.data_fingerprint != data_fingerprint:
-                raise TlearnError(f"{self.path}: {config.data.path} holds other images than when this run began")
         if resume == "must" and found is None:
             raise TlearnError(f"{self.path}: no checkpoint to resume from")
         return found
+
+    def recorded_model(self, config: Config, found: Path | None) -> Card | None:
+        """What is known of the model that the checkpoint holds; None: there is none, or the config names another.
+
+        With it a run goes on where the pretrained weights cannot be had any more.
+        """
+        if found is None or not self.card.is_file():
+            return None
+        began = Config.model_validate(checkpoint.read_progress(found).config)
+        return Card.read(self.card) if began.model == config.model else None
+
+    def changes(self, found: Path | None, config: Config, data_fingerprint: str, *, override: bool) -> list[str]:
+        """Options that the run in this folder is to go on with instead of those it began with, as `key: old -> new`.
+
+        Raises:
+            TlearnError: options that cannot change any more, or not without `override`; other images.
+        """
+        if not self.config.exists():
+            return []
+        progress = checkpoint.read_progress(found) if found else None
+        # not config.yaml, which somebody may have edited since
+        began = Config.model_validate(progress.config) if progress else load_config(self.config)
+        changes = [d for d in differing_keys(began, config) if not d.startswith(FREE_TO_CHANGE)]
+        unsafe = [d for d in changes if not _is_safe(d, began, config, progress or Progress())]
+        if unsafe or (changes and not override):
+            safe = [f"{d} (goes on with --override)" for d in changes if d not in unsafe]
+            raise TlearnError(
+                "\n  ".join([f"{self.path}: holds a run with other options; choose another --run:", *unsafe, *safe])
+            )
+        if progress and progress.data_fingerprint != data_fingerprint:
+            raise TlearnError(f"{self.path}: {config.data.path} holds other images than when this run began")
+        return changes
 
     def open(
         self, config: Config, environment: dict[str, Any], model: Model, classes: tuple[str, ...], fingerprint: str
     ) -> None:
         """Make the folder and record what the run is made of; from here on what is shown is logged too."""
-        card = {
-            "backbone": model.backbone,
-            "head": model.head,
-            "weights": model.weights,
-            "classes": list(classes),
-            "data_fingerprint": fingerprint,
-            "preprocessing": asdict(model.preprocessing),
-        }
+        card = Card(model.backbone, model.head, model.weights, classes, fingerprint, model.preprocessing)
         self.card.parent.mkdir(parents=True, exist_ok=True)
         self.lock()
-        write_json(self.card, card)
+        write_json(self.card, asdict(card))
         write_json(self.path / "environment.json", environment)
         write_text(self.config, f"# tlearn train {self.config} --run NEW   runs this again\n{dump_config(config)}")
         console.configure(log=self.log)
@@ -124,6 +148,21 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def _is_safe(difference: str, began: Config, config: Config, progress: Progress) -> bool:
+    """Whether a run may go on with this difference, `key: old -> new`."""
+    key = difference.partition(":")[0]
+    section, _, rest = key.partition(".")
+    if section != "stages":
+        return key.startswith(SAFE_TO_CHANGE)
+    number, _, option = rest.partition(".")
+    old, new = began.stages or [], config.stages or []
+    if int(number) == progress.stage < len(old):  # it runs: it can become longer, but not end before where it stands
+        return progress.stage < len(new) and (
+            option != "epochs" or new[progress.stage].epochs > old[progress.stage].epochs
+        )
+    return int(number) >= progress.stage
 
 
 def new_path(config: Config) -> Path:

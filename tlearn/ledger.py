@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from tlearn.data.order import mix_array
 from tlearn.errors import DivergedError
 from tlearn.objectives import Objective
 from tlearn.runtime import Runtime
+from tlearn.saver import Saver
 from tlearn.tracking import Row, Tracker
 
 MAX_REJECTED = 20
@@ -33,6 +33,8 @@ class StepSums(NamedTuple):
     """Processes whose gradient norm was not finite: all or none."""
     stop: float
     """Processes that a signal asked to stop."""
+    save: float
+    """Not 0: a checkpoint is due by rank 0's clock."""
 
 
 class _Pending(NamedTuple):
@@ -49,7 +51,7 @@ class Ledger:
         runtime, objective, tracker: of the run.
         progress: counted up here.
         stage: its name.
-        checkpoints: where they lie.
+        saver: is told how long steps take.
         audit: write the hash of every batch.
     """
 
@@ -60,13 +62,13 @@ class Ledger:
         tracker: Tracker,
         progress: Progress,
         stage: str,
-        checkpoints: Path,
+        saver: Saver,
         *,
         audit: bool,
     ) -> None:
         self.runtime, self.objective, self.tracker, self.progress = runtime, objective, tracker, progress
-        self.stage, self.checkpoints, self.audit = stage, checkpoints, audit
-        self.stop = False
+        self.stage, self.saver, self.audit = stage, saver, audit
+        self.stop = self.save = False
         self.note = ""
         self._pending: _Pending | None = None
         self._clock = time.perf_counter()
@@ -75,7 +77,7 @@ class Ledger:
         """Count a step that was just taken; an accelerator may still be busy with it, so the one before is settled.
 
         Args:
-            sums: StepSums, (4,), on the device.
+            sums: StepSums, (5,), on the device.
             micro_batches: of this rank.
             epoch: over all stages.
             rates: learning rate by multiplier.
@@ -115,6 +117,7 @@ class Ledger:
         seconds, self._clock = now - self._clock, now
         progress, n = self.progress, row.pop("n")
         progress.seconds += seconds
+        self.saver.step_took(seconds)
         row["train/loss"] = sums.loss / weight if math.isfinite(sums.loss) else None
         row["images_per_s"] = round(n / seconds, 2)
         if sums.rejected:
@@ -127,14 +130,14 @@ class Ledger:
             progress.rejected = 0
             for name, value in {"loss": sums.loss, "weight": weight, "correct": sums.correct, "n": n}.items():
                 progress.epoch_sums[name] = progress.epoch_sums.get(name, 0.0) + value
-        self.stop = sums.stop > 0
+        self.stop, self.save = sums.stop > 0, sums.save > 0
         self.note = f"loss {sums.loss / weight:.3f}"
         self.tracker.log(row)
         if progress.rejected >= MAX_REJECTED:
             cause = "the gradient overflowed" if math.isfinite(sums.loss) else "the loss is not finite"
             rate = max(row["lr"].values())
             advice = f"a rate of {rate / 10:.1g} instead of {rate:.1g} (optimizer.lr of this stage, in a new --run)"
-            newest = checkpoint.newest(self.checkpoints) or "none yet"
+            newest = checkpoint.newest(self.saver.checkpoints) or "none yet"
             raise DivergedError(
                 f"stage {self.stage}: {progress.rejected} steps in a row were skipped, because {cause}; their images "
                 f"are named in metrics.jsonl. The last good checkpoint: {newest}. "

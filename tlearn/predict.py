@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -25,7 +24,7 @@ from tlearn.errors import TlearnError
 from tlearn.evaluate import evaluate
 from tlearn.folder import RunFolder
 from tlearn.models.backbones import build_backbone
-from tlearn.models.build import replace_head
+from tlearn.models.build import Card, replace_head
 from tlearn.runtime import Runtime
 
 
@@ -156,15 +155,13 @@ def load(run: str | Path) -> Classifier:
     if not folder.card.is_file():
         raise TlearnError(f"{run}: holds no trained model (expected {folder.card})")
     state, _ = checkpoint.load_best(folder.best)
-    card = json.loads(folder.card.read_text(encoding="utf-8"))
-    about: dict[str, Any] = card["preprocessing"]
-    preprocessing = Preprocessing(**about | {name: tuple(about[name]) for name in ("mean", "std")})
+    card = Card.read(folder.card)
     config = load_config(folder.config)
     runtime = Runtime()
     # what was trained on another device can be used on this one
     runtime.set_precision("fp32" if runtime.unsupported(config.precision) else config.precision)
-    net = build_backbone(card["backbone"], "random", preprocessing.size_px, 0.0).net
-    replace_head(net, len(card["classes"]))
+    net = build_backbone(card.backbone, "random", card.preprocessing.size_px, 0.0).net
+    replace_head(net, len(card.classes))
     net.load_state_dict(state)
     net.to(runtime.device, runtime.dtype, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    return Classifier(net, card["classes"], preprocessing, runtime, config, card["data_fingerprint"])
+    return Classifier(net, card.classes, card.preprocessing, runtime, config, card.data_fingerprint)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from tlearn import checkpoint
 from tlearn.checkpoint import Progress
@@ -21,18 +18,21 @@ from tlearn.evaluate import evaluate
 from tlearn.files import write_json
 from tlearn.folder import Resume, RunFolder
 from tlearn.models.backbones import full_name
-from tlearn.models.build import Model, build_model
+from tlearn.models.build import Card, Model, build_model
 from tlearn.models.weights import check_weights
 from tlearn.objectives import build_objective
 from tlearn.precision import choose_precision
 from tlearn.runtime import Runtime
+from tlearn.saver import Saver
 from tlearn.signals import handled_by
 from tlearn.stages import expand, filled, resolve
 from tlearn.tables import show_result, show_stages
 from tlearn.tracking import Tracker
 
 
-def train(config: Config, folder: str | Path | None = None, resume: Resume = "auto") -> dict[str, Any]:
+def train(
+    config: Config, folder: str | Path | None = None, resume: Resume = "auto", override: bool = False
+) -> dict[str, Any]:
     """Train, evaluate, write a run folder. Alone, or as one of several processes.
 
     Args:
@@ -40,6 +40,7 @@ def train(config: Config, folder: str | Path | None = None, resume: Resume = "au
         folder: where the run lives; default: `runs/<time>-<strategy>`.
         resume: auto: go on where the folder's checkpoints end, if there are any; must: fail if there are none;
             never: fail if the folder holds a run.
+        override: go on with options that differ from those the run began with, where that is safe.
 
     Returns:
         What result.json holds.
@@ -49,57 +50,49 @@ def train(config: Config, folder: str | Path | None = None, resume: Resume = "au
         StoppedBySignalError: a signal came; everything is saved.
     """
     runtime = Runtime()
-    _check_names(config, runtime)
-    source = open_source(config)
-    share = _share(config, runtime, source.sizes["train"])
-    model = build_model(config, len(source.classes))
     place = runtime.on_main(lambda: RunFolder.named(folder, config))
-    precision, measured = runtime.on_main(lambda: choose_precision(place.precision_of(config), runtime.device, model))
-    _check_precision(precision, runtime)
-    runtime.set_precision(precision)
-    config = _resolved(config, model, precision)
-    stages = filled(config)
-    sizes = {name: parameter.numel() for name, parameter in model.net.named_parameters()}
-    plan = [resolve(stage, list(sizes), model.head, model.blocks) for stage in stages]
-    for stage, multipliers in zip(stages, plan, strict=True):
-        model.set_trainable(multipliers)
-        share.check(source.sizes["train"], stage.name, model.smallest_batch)
-
     with closing(place):
-        newest = runtime.on_main(lambda: place.newest_checkpoint(config, source.fingerprint, resume))
-        restored = checkpoint.load(newest) if newest else None
+        found = runtime.on_main(lambda: place.newest_checkpoint(resume))
+        card = runtime.on_main(lambda: place.recorded_model(config, found))
+        _check_names(config, runtime, card)
+        source = open_source(config)
+        share = _share(config, runtime, source.sizes["train"])
+        model = build_model(config, len(source.classes), card)
+        precision, measured = runtime.on_main(
+            lambda: choose_precision(place.precision_of(config), runtime.device, model)
+        )
+        _check_precision(precision, runtime)
+        runtime.set_precision(precision)
+        config = _resolved(config, model, precision)
+        stages = filled(config)
+        sizes = {name: parameter.numel() for name, parameter in model.net.named_parameters()}
+        plan = [resolve(stage, list(sizes), model.head, model.blocks) for stage in stages]
+        for stage, multipliers in zip(stages, plan, strict=True):
+            model.set_trainable(multipliers)
+            share.check(source.sizes["train"], stage.name, model.smallest_batch)
+        changes = runtime.on_main(lambda: place.changes(found, config, source.fingerprint, override=override))
+
+        restored = checkpoint.load(found) if found else None
         progress = restored.progress if restored else Progress(data_fingerprint=source.fingerprint)
         progress.config = config.model_dump(mode="json")
+        progress.overridden += [f"from step {progress.step}: {change}" for change in changes]
         if restored:
             model.net.load_state_dict(restored.model)
         model.net.to(runtime.device)
         environment = runtime.environment() | {"precision_measured": measured}
         runtime.on_main(lambda: place.open(config, environment, model, source.classes, source.fingerprint))
-        loading: dict[str, Any] = {"device": runtime.device, "dtype": runtime.dtype}
-        run = Run(
-            config=config,
-            runtime=runtime,
-            folder=place,
-            classes=source.classes,
-            train_loader=lambda size_px, share: source.train_loader(model.sized(size_px), share, **loading),
-            val_loader=source.eval_loader("val", model.preprocessing, share.for_evaluation(), **loading),
-            train_images=source.sizes["train"],
-            share=share,
-            model=model,
-            objective=build_objective(config.objective, model.net, source.per_class).to(runtime.device),
-            tracker=Tracker(config, place.path, progress.step, progress.wandb_id, active=runtime.is_main),
-            progress=progress,
-        )
+        run = _run(config, runtime, place, source, share, model, progress)
         _introduce(run, source)
         show_stages(stages, plan, sizes)
 
         with closing(run.tracker), closing(run.val_loader):
-            optimizer_state: Mapping[str, torch.Tensor] = restored.optimizer if restored else {}
+            optimizer_state = restored.optimizer if restored else {}
             with handled_by(runtime.stop.set):
                 for number, (stage, multipliers) in enumerate(zip(stages, plan, strict=True)):
                     if number >= progress.stage:
                         first_epoch = sum(s.epochs for s in stages[:number])
                         optimizer_state = run_stage(run, stage, multipliers, first_epoch, optimizer_state)
+            runtime.on_main(run.saver.wait)
             result = _result(run, source)
             if runtime.is_main:
                 write_json(place.result, result)
@@ -107,13 +100,44 @@ def train(config: Config, folder: str | Path | None = None, resume: Resume = "au
     return result
 
 
-def _check_names(config: Config, runtime: Runtime) -> None:
+def _run(
+    config: Config,
+    runtime: Runtime,
+    place: RunFolder,
+    source: Source,
+    share: Share,
+    model: Model,
+    progress: Progress,
+) -> Run:
+    loading: dict[str, Any] = {"device": runtime.device, "dtype": runtime.dtype}
+    tracker = Tracker(config, place.path, progress.metrics_bytes, progress.wandb_id, active=runtime.is_main)
+    return Run(
+        config=config,
+        runtime=runtime,
+        folder=place,
+        classes=source.classes,
+        train_loader=lambda size_px, share: source.train_loader(model.sized(size_px), share, **loading),
+        val_loader=source.eval_loader("val", model.preprocessing, share.for_evaluation(), **loading),
+        train_images=source.sizes["train"],
+        share=share,
+        model=model,
+        objective=build_objective(config.objective, model.net, source.per_class).to(runtime.device),
+        tracker=tracker,
+        saver=Saver(
+            place.checkpoints, place.best.parent, tracker, config.save_every, config.keep, active=runtime.is_main
+        ),
+        progress=progress,
+    )
+
+
+def _check_names(config: Config, runtime: Runtime, card: Card | None) -> None:
     """What can be known to be wrong before a long `prepare` or download begins."""
     _check_precision(config.precision, runtime)
     if config.model.sync_batchnorm and runtime.device.type == "cpu":
         raise TlearnError("model.sync_batchnorm: needs an accelerator; leave it out on a CPU")
     full_name(config.model.backbone)
-    check_weights(config.model.weights)
+    if card is None:
+        check_weights(config.model.weights)
     filled(config)
 
 
@@ -154,6 +178,8 @@ def _introduce(run: Run, source: Source) -> None:
     show(f"compute   {where}, batch {run.config.batch.size}{parts}")
     resumed = f", resumed at step {run.progress.step:,}" if run.progress.step else ""
     show(f"run       {run.folder.path}{resumed}")
+    for change in run.progress.overridden:
+        show(f"override  {change}")
 
 
 def _result(run: Run, source: Source) -> dict[str, Any]:
@@ -170,12 +196,15 @@ def _result(run: Run, source: Source) -> dict[str, Any]:
             result["test"] = evaluate(runtime, net, loader, run.classes)
     return result | {
         "best": best,
+        "top": progress.best,
         "image_size_px": run.model.preprocessing.size_px,
         "world_size": runtime.world_size,
         "steps": progress.step,
         "rejected_steps": progress.rejected_in_all,
+        "overridden": progress.overridden,
         "seconds": round(progress.seconds, 3),
         "train_images_per_s": round(progress.samples / progress.seconds, 2),
+        **run.saver.account(),
         "backbone": run.model.backbone,
         "weights": run.model.weights,
         "classes": list(run.classes),

@@ -55,6 +55,10 @@ class StopFlag:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def error(self) -> StoppedBySignalError:
+        """What to raise once all processes know of it."""
+        return StoppedBySignalError(f"stopped by {self.signal or 'a signal to another process'}")
+
     def set(self, number: int, frame: FrameType | None) -> None:
         """The handler: no collective and no file access in here, only the flag."""
         now = time.monotonic()

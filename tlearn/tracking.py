@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from tlearn.config import Config
 from tlearn.console import show
-from tlearn.files import replace
 
 Row = dict[str, Any]
 
@@ -25,24 +24,24 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line. Rows behind `step` are dropped first: a resumed run writes them again."""
+    """One JSON object a line. What is behind the first `size` bytes is dropped: a resumed run writes it again."""
 
-    def __init__(self, path: Path, step: int) -> None:
-        kept = []
-        if path.exists():
-            # the last line may be torn: the process was killed while writing it
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if not line.endswith("\n") or json.loads(line)["step"] > step:
-                    break
-                kept.append(line)
-        whole = path.with_name(f".{path.name}.part")
-        whole.write_text("".join(kept), encoding="utf-8")
-        replace(whole, path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+    def __init__(self, path: Path, size: int) -> None:
+        self._file = path.open("ab")
+        if self._file.tell() < size:
+            show(f"WARNING: {path}: is shorter than when the run was saved; rows are missing")
+        else:
+            self._file.truncate(size)
 
     def log(self, row: Row) -> None:
         """Append a line."""
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def written(self) -> int:
+        """Bytes that are on the disk, whatever happens now."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
 
     def close(self) -> None:
         """Close the file."""
@@ -79,7 +78,7 @@ class WandB:
         """Send the numbers of a row, rates as `lr/MULTIPLIER`."""
         flat = {key: value for key, value in row.items() if isinstance(value, int | float)}
         flat |= {f"lr/{name}": value for name, value in row.get("lr", {}).items()}
-        self._run.log(flat)
+        self._run.log(flat, step=row["step"])  # W&B leaves out what a resumed run sends again
 
     def close(self) -> None:
         """Finish the W&B run."""
@@ -89,12 +88,14 @@ class WandB:
 class Tracker:
     """The sinks of one run."""
 
-    def __init__(self, config: Config, folder: Path, step: int, wandb_id: str | None, *, active: bool) -> None:
+    def __init__(self, config: Config, folder: Path, size: int, wandb_id: str | None, *, active: bool) -> None:
         self._sinks: list[Sink] = []
+        self._lines: JsonLines | None = None
         self.wandb_id = wandb_id
         if not active:
             return
-        self._sinks.append(JsonLines(folder / "metrics.jsonl", step))
+        self._lines = JsonLines(folder / "metrics.jsonl", size)
+        self._sinks.append(self._lines)
         if config.tracking.wandb.mode != "disabled" and os.environ.get("WANDB_MODE") != "disabled":
             wandb = WandB(config, folder, wandb_id)
             self.wandb_id = wandb.id
@@ -104,6 +105,10 @@ class Tracker:
         """Write one row: `kind`, `step` and measures."""
         for sink in self._sinks:
             sink.log(row)
+
+    def written(self) -> int:
+        """Length of metrics.jsonl, which a run that goes on from here cuts it to; 0 where it is not written."""
+        return self._lines.written() if self._lines is not None else 0
 
     def close(self) -> None:
         """Finish all sinks."""

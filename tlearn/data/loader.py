@@ -22,7 +22,7 @@ from tlearn.data.decode import UnreadableImageError
 from tlearn.data.order import Array, SequentialOrder, ShuffledOrder, batch_range, mix, part_of, steps_per_epoch
 from tlearn.data.shards import Split
 from tlearn.data.transforms import EvalTransform, Pixels, Preprocessing, TrainTransform, normalise
-from tlearn.data.workers import serve
+from tlearn.data.workers import no_fork, serve
 from tlearn.errors import TlearnError
 
 START_METHOD = "fork" if sys.platform == "linux" else None
@@ -274,7 +274,8 @@ class Fetcher:
                 multiprocessing_context=START_METHOD if workers else None,
                 persistent_workers=self.keep and workers > 0,
             )
-        self._batches = iter(self._loader)
+        with no_fork:
+            self._batches = iter(self._loader)
         try:
             yield _raised(self._batches)
         finally:

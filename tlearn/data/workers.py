@@ -17,6 +17,10 @@ from typing import TypeVar
 
 _CHUNK = 16  # items per message to a worker
 
+no_fork = threading.Lock()
+"""Held by threads of ours that must not run while a process is forked: a child in which a lock of theirs is taken for
+ever can hang (Python before 3.12)."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -68,6 +70,35 @@ class Model:
             module.eval()
 
 
+@dataclass(frozen=True)
+class Card:
+    """model.json: what a run's weights alone do not say."""
+
+    backbone: str
+    head: str
+    weights: str
+    """Where the run started from."""
+    classes: tuple[str, ...]
+    """Names in label order."""
+    data_fingerprint: str
+    preprocessing: Preprocessing
+
+    @classmethod
+    def read(cls, path: Path) -> Card:
+        """From the file.
+
+        Raises:
+            TlearnError: it is damaged.
+        """
+        try:
+            card = json.loads(path.read_text(encoding="utf-8"))
+            about = card["preprocessing"]
+            preprocessing = Preprocessing(**about | {name: tuple(about[name]) for name in ("mean", "std")})
+            return cls(**card | {"classes": tuple(card["classes"]), "preprocessing": preprocessing})
+        except (ValueError, LookupError, TypeError) as error:
+            raise TlearnError(f"{path}: damaged ({error}); restore the file, or train again") from None
+
+
 def _frozen_modules(net: nn.Module) -> Iterator[nn.Module]:
     """Modules with frozen parameters only, and those without parameters (dropout, say) in front of such a one."""
     frozen_next = False
@@ -83,20 +114,23 @@ def _frozen_modules(net: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def build_model(config: Config, classes: int) -> Model:
+def build_model(config: Config, classes: int, card: Card | None = None) -> Model:
     """The configured backbone with a head for `classes`, which starts at zero: the first loss is ln(classes).
+
+    Args:
+        config: of the run.
+        classes: how many.
+        card: of a run that goes on: its weights come from a checkpoint, so that none are looked for here.
 
     Raises:
         TlearnError: unknown names, weights that cannot be had or do not fit, a size that the model cannot take.
     """
     name = full_name(config.model.backbone)
     torch.manual_seed(config.seed)
-    built = build_backbone(name, config.model.weights, config.data.image_size, config.model.dropout)
-    preprocessing = replace(
-        built.preprocessing,
-        size_px=config.data.image_size or built.preprocessing.size_px,
-        fit=config.data.fit,
-    )
+    wanted = "random" if card else config.model.weights
+    built = build_backbone(name, wanted, config.data.image_size, config.model.dropout)
+    weights, start = (card.weights, card.preprocessing) if card else (built.weights, built.preprocessing)
+    preprocessing = replace(start, size_px=config.data.image_size or start.size_px, fit=config.data.fit)
     head = replace_head(built.net, classes)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     net = built.net.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -105,8 +139,8 @@ def build_model(config: Config, classes: int) -> Model:
     if config.model.sync_batchnorm:
         net = convert_sync_batchnorm(net)
     choice = config.model.batch_norm
-    frozen = built.weights != "random" if choice == "auto" else choice == "frozen"
-    return Model(net, name, built.weights, head, blocks_of(net, head), preprocessing, frozen)
+    frozen = weights != "random" if choice == "auto" else choice == "frozen"
+    return Model(net, name, weights, head, blocks_of(net, head), preprocessing, frozen)
 
 
 def replace_head(net: nn.Module, classes: int) -> str:

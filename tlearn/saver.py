@@ -1,0 +1,156 @@
+"""Saving beside training: state is copied while the loop waits, and written by a thread while it goes on."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from tlearn import checkpoint
+from tlearn.checkpoint import Progress, State, Tensors, copied
+from tlearn.config import Keep, SaveEvery
+from tlearn.console import show
+from tlearn.data.workers import no_fork
+from tlearn.errors import TlearnError
+from tlearn.tracking import Tracker
+
+_REMEMBERED = 1000
+"""Steps whose times are compared."""
+
+
+class Saver:
+    """Writes checkpoints and the weights of the best epochs, one at a time, in the order they came.
+
+    A write that fails is reported and training goes on: what was saved before is whole, and the next one may find room.
+
+    Args:
+        checkpoints, best: folders of the run.
+        tracker: of the run; a checkpoint names how far its metrics were.
+        every: when checkpoints are due.
+        keep: how many stay.
+        active: rank 0; on the others nothing is written.
+    """
+
+    def __init__(
+        self, checkpoints: Path, best: Path, tracker: Tracker, every: SaveEvery, keep: Keep, *, active: bool
+    ) -> None:
+        self.checkpoints, self.best, self.tracker = checkpoints, best, tracker
+        self.every, self.keep, self.active = every, keep, active
+        self.pauses_s: list[float] = []
+        self.writes_s: list[float] = []
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._saved_at = time.monotonic()
+        self._step_s: dict[bool, deque[float]] = {beside: deque(maxlen=_REMEMBERED) for beside in (False, True)}
+        self._was_writing = False
+
+    def is_due(self, progress: Progress, steps_per_epoch: int) -> bool:
+        """By epochs or steps: the same on every rank."""
+        epochs, into_epoch = divmod(progress.stage_step, steps_per_epoch)
+        by_epochs = self.every.epochs is not None and into_epoch == 0 and epochs % self.every.epochs == 0
+        return by_epochs or (self.every.steps is not None and progress.step % self.every.steps == 0)
+
+    @property
+    def is_due_by_clock(self) -> bool:
+        """By rank 0's clock."""
+        minutes = self.every.minutes
+        return self.active and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+
+    def save(self, model: Tensors, optimizer: Tensors, progress: Progress) -> None:
+        """Copy everything now, write a checkpoint of it beside what follows."""
+        if not self.active:
+            return
+        with _timed(self.pauses_s):
+            self._report_failure()
+            progress.wandb_id, progress.metrics_bytes = self.tracker.wandb_id, self.tracker.written()
+            state = State(copied(model), copied(optimizer), deepcopy(progress))
+
+            def write() -> None:
+                with _timed(self.writes_s):
+                    checkpoint.save(self.checkpoints, state, self.keep.checkpoints)
+
+            self._begin(write)
+        self._saved_at = time.monotonic()
+
+    def keep_best(self, model: Tensors, best: list[dict[str, Any]], score: Mapping[str, Any]) -> None:
+        """Write the weights that got this score if they are among the best, and show the best in their folder."""
+        if not self.active:
+            return
+        self._report_failure()
+        weights, best = copied(model) if score in best else None, deepcopy(best)
+
+        def write() -> None:
+            if weights is not None:
+                checkpoint.save_best(self.checkpoints, weights, score)
+            checkpoint.publish_best(self.checkpoints, self.best, best)
+
+        self._begin(write)
+
+    def wait(self) -> None:
+        """Until everything is written.
+
+        Raises:
+            TlearnError: it could not be.
+        """
+        if error := self._finish():
+            raise TlearnError(f"{self.checkpoints}: not saved: {error}; make room and start the same command again")
+
+    def step_took(self, seconds: float) -> None:
+        """Note the time of a training step, for `account`."""
+        writing = self._thread is not None and self._thread.is_alive()
+        self._step_s[writing or self._was_writing].append(seconds)
+        self._was_writing = writing
+
+    def account(self) -> dict[str, float]:
+        """What saving cost so far, medians: the pause of the loop and the time to write, in s, and how many times as
+        long as others the steps took beside which was written; what is not known yet is left out."""
+        measures = {"save/pause_s": self.pauses_s, "save/write_s": self.writes_s}
+        account = {name: round(statistics.median(values), 4) for name, values in measures.items() if values}
+        if all(self._step_s.values()):
+            alone, beside = (statistics.median(self._step_s[writing]) for writing in (False, True))
+            account["save/slowdown"] = round(beside / alone, 3)
+        return account
+
+    def _begin(self, write: Callable[[], object]) -> None:
+        def run() -> None:
+            if sys.platform == "linux":  # there a thread has a priority of its own; training comes first
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+            try:
+                with no_fork:
+                    write()
+            except BaseException as error:
+                self._error = error
+
+        # a daemon: who leaves at once leaves a half-written folder that the next save removes
+        self._thread = threading.Thread(target=run, name="saver", daemon=True)
+        self._thread.start()
+
+    def _finish(self) -> BaseException | None:
+        """Wait for the write that is under way; returns why it failed, if a disk may be the reason."""
+        if self._thread is not None:
+            self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        if error is not None and not isinstance(error, OSError | SafetensorError):
+            raise error
+        return error
+
+    def _report_failure(self) -> None:
+        if error := self._finish():
+            show(f"WARNING: {self.checkpoints}: not saved: {error}; training goes on, earlier checkpoints are whole")
+
+
+@contextmanager
+def _timed(into: list[float]) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    into.append(time.perf_counter() - start)
