@@ -32,6 +32,7 @@ check: .venv/.dev
 # long hunts: what a test shows in small, at full size
 soak: .venv/.dev
 	$(BIN)/python benchmarks/order_scale.py
+	$(BIN)/python benchmarks/kill_and_resume.py 30
 
 format: .venv/.dev
 	$(BIN)/ruff format .

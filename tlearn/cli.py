@@ -182,6 +182,30 @@ def doctor(nproc: NprocOption = None, as_json: JsonFlag = False) -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def drill(
+    config: Annotated[list[str] | None, typer.Argument(help="[CONFIG.yaml] [a.b=c ...]", show_default=False)] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes of the run.")] = 1,
+    kills: Annotated[int, typer.Option(min=1, help="Interruptions at random moments.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Kill and resume a short copy of a recipe, and compare it with a run that nobody touched. Exit code 1: differs."""
+    from tlearn.console import print_result
+    from tlearn.drill import drill as run
+    from tlearn.drill import report_table, verdict
+
+    file, overrides = _split_arguments(config or [])
+    report = run(file, overrides, nproc=nproc, kills=kills, seed=seed)
+    if as_json:
+        _print_json(report)
+    else:
+        print_result(report_table(report))
+        typer.echo("\n".join(verdict(report)))
+    if not report["equal"]:
+        raise typer.Exit(1)
+
+
 def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
     """[CONFIG.yaml] [a.b=c ...] in any order."""
     files = [a for a in arguments if "=" not in a.partition("/")[0]]

@@ -39,6 +39,10 @@ SAFE_TO_CHANGE = (
 Stages that have not ended are as safe."""
 
 
+PATIENCE_S = 5.0
+"""The loader workers of a run that was killed hold its folder until they notice, some milliseconds later."""
+
+
 class RunFolder:
     """Paths of a run, and what is written there once."""
 
@@ -135,12 +139,20 @@ class RunFolder:
         if self._lock is not None:
             return
         log = self.log.open("a", encoding="utf-8")
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.close()
-            raise TlearnError(f"{self.path}: another process is at work here; wait or choose another --run") from None
-        self._lock = log
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.05)
+                    continue
+                log.close()
+                raise TlearnError(
+                    f"{self.path}: another process is at work here; wait or choose another --run"
+                ) from None
+            self._lock = log
+            return
 
     def close(self) -> None:
         """Leave the folder to others; what is shown from here on is not logged there."""

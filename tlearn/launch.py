@@ -75,13 +75,19 @@ class _Rank:
             self.report = _Report(error=RankFailedError(message), at=0.0)
 
 
-def run_ranks(function: Callable[..., Any], arguments: Sequence[Any], nproc: int) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    nproc: int,
+    started: Callable[[list[int]], None] | None = None,
+) -> list[Any]:
     """Call `function(*arguments)` in `nproc` processes that find each other as torchrun's would.
 
     Args:
         function: of a module that every process can import, not of the program's main one.
         arguments: picklable, the same for every rank.
         nproc: processes.
+        started: is told their ids, by rank.
 
     Returns:
         What it returned, by rank.
@@ -106,6 +112,8 @@ def run_ranks(function: Callable[..., Any], arguments: Sequence[Any], nproc: int
         try:
             for i in range(nproc):
                 ranks.append(_Rank(function, arguments, {**common, "RANK": str(i), "LOCAL_RANK": str(i)}))
+            if started is not None:
+                started([rank.process.pid or 0 for rank in ranks])
             _wait(ranks)
         finally:
             for rank in ranks:
