@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +27,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def load_script(name: str) -> ModuleType:
-    """A script of benchmarks/ as a module."""
+    """A script of benchmarks/ as a module, which imports others of them by name."""
+    if str(ROOT / "benchmarks") not in sys.path:
+        sys.path.append(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
-from tlearn import engine, replicas
+from tlearn import checkpoint, engine, replicas
 from tlearn.config import Config
 from tlearn.errors import TlearnError
 from tlearn.evaluate import evaluate
@@ -209,3 +211,59 @@ def stream_steps(config: Config, accumulate: int) -> Any:
         taken = [[batch.keys.tolist() for batch in step] for step in steps]
     runtime.wait()
     return taken
+
+
+def train_with_little_room(config: Config, folder: Path, first: int, last: int) -> None:
+    """From step `first` to step `last` files cannot become longer than 50 kB."""
+    log = Tracker.log
+
+    def log_and_limit(self: Tracker, row: Row) -> None:
+        log(self, row)
+        if row["kind"] == "step" and row["step"] in (first, last):
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000 if row["step"] == first else hard, hard))
+
+    Tracker.log = log_and_limit  # type: ignore[method-assign]
+    train(config, folder)
+
+
+def train_with_a_slow_disk(config: Config, folder: Path, first: int, seconds: float) -> None:
+    """A checkpoint of step `first` or later takes so long to write."""
+    write = checkpoint._write
+
+    def slow(folder: Path, state: checkpoint.State) -> None:
+        write(folder, state)
+        if state.progress.step >= first:
+            time.sleep(seconds)
+
+    checkpoint._write = slow
+    train(config, folder)
+
+
+def train_and_send_in_evaluation(config: Config, folder: Path, number: int) -> None:
+    """Every rank gets a SIGTERM at the start of evaluation `number`; no batch of it may be evaluated then."""
+    forward, calls = engine.evaluate, 0
+
+    def sent(runtime: Runtime, net: nn.Module, *rest: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+            net.register_forward_hook(lambda *_: pytest.fail("a batch was evaluated"))
+        return forward(runtime, net, *rest)
+
+    engine.evaluate = sent  # type: ignore[assignment]
+    train(config, folder)
+
+
+def train_forgetful(config: Config, folder: Path) -> None:
+    """The optimizer's state is lost when a run goes on."""
+    with folder.with_suffix(".log").open("ab") as log:
+        os.dup2(log.fileno(), 2)
+    load = checkpoint.load
+
+    def without_optimizer(folder: Path) -> checkpoint.State:
+        return load(folder)._replace(optimizer={})
+
+    checkpoint.load = without_optimizer
+    train(config, folder)

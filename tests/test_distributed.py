@@ -172,11 +172,11 @@ def test_statistics_become_the_mean_over_ranks() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(("world_size", "precision"), [(2, "fp32"), (2, "bf16"), (3, "bf16"), (4, "fp32")])
 def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_bit_for_bit(
-    tiny: MakeConfig, tmp_path: Path, world_size: int
+    tiny: MakeConfig, tmp_path: Path, world_size: int, precision: str
 ) -> None:
-    config = tiny(STAGES, "batch.size=26", "model.batch_norm=train", "save_every.epochs=100")
+    config = tiny(STAGES, "batch.size=26", "model.batch_norm=train", "save_every.epochs=100", f"precision={precision}")
     run_ranks(train, (config, tmp_path / "whole"), world_size)
     with pytest.raises(StoppedBySignalError, match="everything is saved"):
         run_ranks(ranks.train_and_send, (config, tmp_path / "run", world_size - 1, 19, signal.SIGTERM), world_size)
@@ -190,7 +190,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_bit_for_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 3, 4])
 def test_a_run_goes_on_with_another_number_of_processes(
     by_world: dict[int, Path], tiny: MakeConfig, tmp_path: Path, world_size: int
 ) -> None:

@@ -48,6 +48,8 @@ class Saver:
         self.every, self.keep, self.active = every, keep, active
         self.pauses_s: list[float] = []
         self.writes_s: list[float] = []
+        self._unwritten: list[tuple[Tensors, Mapping[str, Any]]] = []
+        self._shown: list[dict[str, Any]] = []
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._saved_at = time.monotonic()
@@ -77,6 +79,7 @@ class Saver:
 
             def write() -> None:
                 with _timed(self.writes_s):
+                    self._write_best(state.progress.best)  # which the checkpoint will name
                     checkpoint.save(self.checkpoints, state, self.keep.checkpoints)
 
             self._begin(write)
@@ -87,14 +90,10 @@ class Saver:
         if not self.active:
             return
         self._report_failure()
-        weights, best = copied(model) if score in best else None, deepcopy(best)
-
-        def write() -> None:
-            if weights is not None:
-                checkpoint.save_best(self.checkpoints, weights, score)
-            checkpoint.publish_best(self.checkpoints, self.best, best)
-
-        self._begin(write)
+        if score in best:
+            self._unwritten.append((copied(model), score))
+        best = deepcopy(best)
+        self._begin(lambda: self._write_best(best))
 
     def wait(self) -> None:
         """Until everything is written.
@@ -120,6 +119,16 @@ class Saver:
             alone, beside = (statistics.median(self._step_s[writing]) for writing in (False, True))
             account["save/slowdown"] = round(beside / alone, 3)
         return account
+
+    def _write_best(self, best: list[dict[str, Any]]) -> None:
+        while self._unwritten:  # more than one if the disk was full
+            weights, score = self._unwritten[0]
+            if score in best:
+                checkpoint.save_best(self.checkpoints, weights, score)
+            del self._unwritten[0]
+        if best != self._shown:
+            checkpoint.publish_best(self.checkpoints, self.best, best)
+            self._shown = best
 
     def _begin(self, write: Callable[[], object]) -> None:
         def run() -> None:
