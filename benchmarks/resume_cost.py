@@ -92,6 +92,8 @@ def first_step_s(config: Config, folder: Path, step: int) -> float:
 
 def main() -> None:
     """Print a line per number of steps."""
+    import resume_cost as this  # ranks cannot import the functions of a program's main module
+
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         data = root / "data"
@@ -108,11 +110,11 @@ def main() -> None:
             ],
         )
         for step in STEPS:
-            run_ranks(make_run, (config, root / str(step), step), 1)
+            run_ranks(this.make_run, (config, root / str(step), step), 1)
         seconds: dict[int, list[float]] = {step: [] for step in STEPS}
         for _ in range(ROUNDS):
             for step in STEPS:
-                seconds[step] += run_ranks(first_step_s, (config, root / str(step), step), 1)
+                seconds[step] += run_ranks(this.first_step_s, (config, root / str(step), step), 1)
         for step in STEPS:
             size_mib = (root / str(step) / "metrics.jsonl").stat().st_size / 2**20
             spread = f"{min(seconds[step]):.2f} to {max(seconds[step]):.2f}"
