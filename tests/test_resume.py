@@ -323,6 +323,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_go_on_is_explained_and_nothing_is_touched(
     stopped: tuple[Config, Path, Path], photos: Path, tmp_path: Path, case: str
@@ -429,6 +430,7 @@ def drill_wait(run: Path, step: int) -> None:
 # what may change, and what need not be there any more
 
 
+@pytest.mark.slow
 def test_options_that_do_not_change_the_numbers_are_free(stopped: tuple[Config, Path, Path], tmp_path: Path) -> None:
     shutil.copytree(stopped[2], tmp_path / "run")
     options = ("save_every={epochs: null, minutes: 3}", "data.workers=2", "keep.checkpoints=4", "run.audit=false")
@@ -440,6 +442,7 @@ def test_options_that_do_not_change_the_numbers_are_free(stopped: tuple[Config, 
         assert place.changes(found, changed, progress.data_fingerprint, override=False) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "differing"),
     [
@@ -465,6 +468,7 @@ def test_what_may_change_on_the_way_needs_override(
     assert [change.partition(":")[0] for change in changes] == differing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "option", ["seed=7", "batch.size=8", "data.max_train=50", "stages.0.epochs=9", "stages.1.epochs=1", "data.fit=pad"]
 )

@@ -20,7 +20,7 @@ from conftest import TINY
 from safetensors.torch import load_file
 
 import tlearn.run
-from tlearn import console, engine, ledger
+from tlearn import console, engine, folder, ledger
 from tlearn.config import Config
 from tlearn.configfile import dump_config, load_config
 from tlearn.data.plan import Options
@@ -420,6 +420,7 @@ def test_wandb_records_offline_where_there_is_no_key(wandb_folder: Path) -> None
     assert b"val/top1@32" in record.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_the_same_wandb_run(
     wandb_folder: Path, tiny: MakeConfig, send_at_step: Callable[[int, int], None]
 ) -> None:
@@ -476,7 +477,10 @@ def test_a_run_does_not_go_on_with_other_images(
         train(config, tmp_path / "run")
 
 
-def test_a_run_folder_belongs_to_one_process_at_a_time(tiny: MakeConfig, tmp_path: Path) -> None:
+def test_a_run_folder_belongs_to_one_process_at_a_time(
+    tiny: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "PATIENCE_S", 0.1)
     config = tiny("strategy=feature_extraction", "epochs=1")
     train(config, tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
