@@ -57,8 +57,6 @@ def make_run(config: Config, folder: Path, step: int) -> Path:
     finally:
         Tracker.log = log  # type: ignore[method-assign]
     done = folder / "checkpoints" / "step-00000001"
-    while not done.exists():  # written beside the run
-        time.sleep(0.01)
     row = (folder / "metrics.jsonl").read_bytes().partition(b"\n")[0] + b"\n"
     with (folder / "metrics.jsonl").open("wb") as file:
         for first in range(0, step, 10_000):

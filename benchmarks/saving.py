@@ -77,7 +77,7 @@ def timed(action: Callable[[], object]) -> float:
 def measure(training: Training, folder: Path, rounds: int) -> str:
     """A row of the table."""
     inactive = Tracker(load_config(None, ["data.path=x"]), folder, 0, None, active=False)
-    saver = Saver(folder / "beside", folder / "best", inactive, SaveEvery(), Keep(), active=True)
+    saver = Saver(folder / "beside", folder / "best", None, inactive, SaveEvery(), Keep(), active=True)
     waiting, peer = [], []
     for _ in range(3):
         training.step()
@@ -85,16 +85,16 @@ def measure(training: Training, folder: Path, rounds: int) -> str:
         for _ in range(6):
             saver.step_took(training.step())
         saver.save(*training.tensors, training.progress)
-        while saver._thread is not None and saver._thread.is_alive():
+        while saver.is_writing:
             saver.step_took(training.step())
         model, optimizer = training.tensors
         state = State(copied(model), copied(optimizer), training.progress)
-        waiting.append(timed(lambda: checkpoint.save(folder / "waiting", state, 2)))  # noqa: B023
+        waiting.append(timed(lambda: checkpoint.save(folder / "waiting", state, 2, None)))  # noqa: B023
         peer.append(timed(lambda: save_with_torch(folder / "peer.pt", training)))
     saver.wait()
-    account = saver.account()
+    account = saver.cost.account()
     mib = sum(t.numel() * t.element_size() for tensors in training.tensors for t in tensors.values()) / 2**20
-    alone = statistics.median(saver._step_s[False])
+    alone = statistics.median(saver.cost.steps_s[False])
     return (
         f"{mib:9.0f} | {alone:6.3f} | {account['save/pause_s']:15.3f} | {account['save/write_s']:15.2f} | "
         f"{account['save/slowdown']:16.2f} | {statistics.median(waiting):16.2f} | {statistics.median(peer):12.2f}"

@@ -16,7 +16,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tlearn import checkpoint
-from tlearn.checkpoint import Progress, State, copied, load, load_best, newest, publish_best, save, save_best
+from tlearn.checkpoint import (
+    Progress,
+    State,
+    copied,
+    load,
+    load_best,
+    mended_best,
+    newest,
+    publish_best,
+    save,
+    save_best,
+)
 from tlearn.errors import TlearnError
 
 FILES = ("model.safetensors", "optimizer.safetensors", "progress.json", "manifest.json")
@@ -35,7 +46,12 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
 
 def save_step(root: Path, step: int) -> Path:
     optimizer = {"w/exp_avg": torch.full((3, 2), float(step))}
-    return save(root, State(tensors(step), optimizer, Progress(step=step, samples=7)), kept=2)
+    return write(root, State(tensors(step), optimizer, Progress(step=step, samples=7)))
+
+
+def write(root: Path, state: State) -> Path:
+    """As a run that went on from the newest one that is whole."""
+    return save(root, state, kept=2, after=newest(root))
 
 
 def newest_step(root: Path) -> int | None:
@@ -77,7 +93,8 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
         best=[{"top1": 2 / 3, "stage": "head", "step": 4}],
         wandb_id="abc",
     )
-    save(tmp_path / "checkpoints", State(copied(model), copied(optimizer), progress), kept=2)
+    save_best(tmp_path / "checkpoints", {}, {"step": 4})
+    write(tmp_path / "checkpoints", State(copied(model), copied(optimizer), progress))
     restored = load_newest(tmp_path / "checkpoints")
 
     assert restored is not None
@@ -210,8 +227,8 @@ def test_a_file_of_other_content_is_passed_over(tmp_path: Path, name: str, conte
 
 
 def test_if_none_is_whole_there_is_nothing_to_load(tmp_path: Path) -> None:
-    for step in (1, 2):
-        (save_step(tmp_path, step) / "model.safetensors").write_bytes(b"")
+    for folder in (save_step(tmp_path, 1), save_step(tmp_path, 2)):
+        (folder / "model.safetensors").write_bytes(b"")
 
     with pytest.raises(TlearnError, match=r"(?s)no checkpoint is whole.*step-00000002: model.*step-00000001: model"):
         newest_step(tmp_path)
@@ -229,7 +246,7 @@ def test_another_format_version_is_an_error_that_names_it(tmp_path: Path, versio
 def test_the_same_step_saved_twice_is_the_second(tmp_path: Path) -> None:
     save_step(tmp_path, 1)
     save_step(tmp_path, 2)
-    save(tmp_path, State({"w": torch.ones(1)}, {}, Progress(step=2, stage=1)), kept=2)
+    write(tmp_path, State({"w": torch.ones(1)}, {}, Progress(step=2, stage=1)))
     restored = load_newest(tmp_path)
 
     assert restored is not None
@@ -352,7 +369,7 @@ def test_the_best_weights_carry_their_score(tmp_path: Path) -> None:
     assert torch.equal(state["w"], tensors(1)["w"])
     assert best == score(1, 2 / 3)
     with safe_open(path, framework="pt") as file:
-        assert json.loads(file.metadata()["best"])["top1"] == 2 / 3
+        assert json.loads(file.metadata()["best"])["score"]["top1"] == 2 / 3
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -382,7 +399,7 @@ def test_as_many_best_weights_are_shown_as_there_are_scores(
 def test_weights_stay_as_long_as_a_checkpoint_counts_them_among_the_best(tmp_path: Path) -> None:
     def save_with(step: int, *best: int) -> None:
         progress = Progress(step=step, best=[score(s) for s in best])
-        save(tmp_path / "checkpoints", State(tensors(step), {}, progress), kept=2)
+        write(tmp_path / "checkpoints", State(tensors(step), {}, progress))
 
     def kept() -> list[str]:
         return [name[5:13] for name in folders(tmp_path / "checkpoints") if name.startswith("best")]
@@ -394,9 +411,45 @@ def test_weights_stay_as_long_as_a_checkpoint_counts_them_among_the_best(tmp_pat
     assert kept() == ["00000001", "00000002"]  # whoever goes on from step 2 needs those of step 1
     save_with(4, 2)
     assert kept() == ["00000002"]
-    (tmp_path / "checkpoints" / "step-00000004" / "progress.json").write_text("{")
+    damaged = tmp_path / "checkpoints" / "step-00000004" / "progress.json"
+    damaged.write_text(damaged.read_text().replace('"step"', '"wtep"'))
     save_with(5, 2)
     assert kept() == ["00000002"]
+
+
+def test_a_damaged_checkpoint_is_none_of_the_two_that_are_kept(tmp_path: Path) -> None:
+    save_step(tmp_path, 14)
+    (save_step(tmp_path, 16) / "model.safetensors").write_bytes(b"")
+    save_step(tmp_path, 16)  # a run that went on from 14 comes by here again
+
+    assert folders(tmp_path) == ["step-00000014", "step-00000016.1"]
+
+
+def test_best_weights_that_are_gone_are_told_and_forgotten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keep_best(tmp_path, score(1, 0.3))
+    keep_best(tmp_path, score(1, 0.3), score(2, 0.2))
+    kept, shown = tmp_path / "checkpoints", tmp_path / "best"
+    best = [score(1, 0.3), score(2, 0.2)]
+    (kept / "best-00000001.safetensors").unlink()
+    assert mended_best(kept, shown, best) == best  # it is still shown
+    assert load_best(kept / "best-00000001.safetensors")[1] == best[0]
+
+    (kept / "best-00000001.safetensors").unlink()
+    (shown / "model.safetensors").unlink()
+    assert mended_best(kept, shown, best) == best[1:]
+    assert load_best(shown / "model.safetensors")[1] == best[1]
+    assert "best-00000001.safetensors is gone" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.999])
+def test_best_weights_with_a_flipped_bit_are_an_error(tmp_path: Path, share: float) -> None:
+    path = keep_best(tmp_path, score(1))
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * share)] ^= 1
+    path.write_bytes(content)
+
+    with pytest.raises(TlearnError, match=r"model\.safetensors: damaged"):
+        load_best(path)
 
 
 def test_best_weights_are_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

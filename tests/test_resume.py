@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +24,7 @@ import ranks
 import torch
 from conftest import TINY, load_script
 from safetensors.torch import load_file, save_file
+from test_cli import run as run_cli
 from test_train import STAGES, assert_same_run, rows
 
 from tlearn import checkpoint, drill, engine, ledger, saver
@@ -31,7 +34,7 @@ from tlearn.configfile import load_config
 from tlearn.data.prepare import read_index
 from tlearn.data.shards import Split
 from tlearn.data.workers import no_fork
-from tlearn.errors import StoppedBySignalError, TlearnError
+from tlearn.errors import RankFailedError, StoppedBySignalError, TlearnError
 from tlearn.files import sha256
 from tlearn.folder import RunFolder
 from tlearn.launch import run_ranks
@@ -81,12 +84,11 @@ CLOCK_OR_PROCESS = {
     "Progress.metrics_bytes": "the speeds of steps have more or fewer digits",
     "Ledger._clock": "of the clock",
     "Ledger._pending": "on its way to be logged",
-    "Saver._step_s": "what saving costs in this process",
-    "Saver._was_writing": "what saving costs in this process",
-    "Saver.pauses_s": "what saving costs in this process",
-    "Saver.writes_s": "what saving costs in this process",
+    "Saver.cost": "what saving costs in this process",
     "Saver._saved_at": "of the clock",
+    "Saver._last": "where this run lives",
     "Saver._thread": "of this process",
+    "Saver._writes": "under way in this process",
     "Saver._shown": "what is on the disk",
     "Run.val_loader": "kept worker processes",
     "RunFolder._lock": "an open file",
@@ -116,7 +118,8 @@ def state_of(root: Mapping[str, Any], net: torch.nn.Module) -> dict[str, Any]:
             array = node.detach().contiguous().numpy() if isinstance(node, torch.Tensor) else node
             found[path] = str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).hexdigest()
         elif id(node) not in seen:
-            seen.add(id(node))
+            if not isinstance(node, tuple):  # equal ones may be one object or two
+                seen.add(id(node))
             if isinstance(node, Mapping):
                 for key, value in node.items():
                     walk(value, f"{path}.{names.get(id(key), key)}")
@@ -227,9 +230,6 @@ def stopped(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Con
         patch.setattr(Tracker, "log", log_and_die)
         with pytest.raises(MemoryError):
             train(config, root / "stopped")
-    deadline = time.monotonic() + 20
-    while not (root / "stopped" / "checkpoints" / "step-00000016").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)  # it is written beside the run, which did not wait for it
     return config, root / "whole", root / "stopped"
 
 
@@ -284,6 +284,12 @@ FAULTS: dict[str, Callable[[Path], None]] = {
     "half-written one": half_written,
     "torn rows": torn_rows,
     "newer best weights": another_best,
+    "best weights are deleted": lambda run: (run / "best" / "model.safetensors").unlink(),
+    "best weights are deleted in checkpoints": lambda run: (
+        [p.unlink() for p in run.glob("checkpoints/best-*")] and None
+    ),
+    "no card": lambda run: (run / "best" / "model.json").unlink(),
+    "card cut": lambda run: (run / "best" / "model.json").write_text("{"),
     "no log": lambda run: (run / "log.txt").unlink(),
     "no environment": lambda run: (run / "environment.json").unlink(),
 }
@@ -318,6 +324,7 @@ def older_format(run: Path) -> None:
 REFUSED: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
     "none is whole": (all_damaged, (), r"(?s)no checkpoint is whole.*step-00000016: model.*step-00000014"),
     "older format": (older_format, (), r"step-00000016: checkpoint format version 1, this tlearn reads version 2"),
+    "checkpoints are gone": (lambda run: shutil.rmtree(run / "checkpoints"), (), r"checkpoints: is gone; restore it"),
     "another config": (FAULTS["nothing"], ("seed=1",), "seed: 0 -> 1"),
     "another batch": (FAULTS["nothing"], ("batch.size=16",), "batch.size: 32 -> 16"),
 }
@@ -357,7 +364,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_what_to_do(
     stopped: tuple[Config, Path, Path], tmp_path: Path
 ) -> None:
     config, whole, _ = stopped
-    with pytest.raises(TlearnError, match=r"not saved: .*make room and start the same command again"):
+    with pytest.raises(TlearnError, match=r"not saved: .*mend that and start the same command again"):
         run_ranks(ranks.train_with_little_room, (config, tmp_path / "run", 20, 10**6), 2)
     assert checkpoint.newest(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step-00000016"
     run_ranks(train, (config, tmp_path / "run"), 2)
@@ -413,7 +420,7 @@ def test_a_second_sigint_leaves_at_once_and_what_was_saved_is_whole(
 
         threading.Thread(target=press, daemon=True).start()
 
-    with pytest.raises(Exception, match="KeyboardInterrupt"):
+    with pytest.raises(RankFailedError, match="KeyboardInterrupt"):
         run_ranks(ranks.train_with_a_slow_disk, (config, tmp_path / "run", 18, 60.0), 1, press_twice)
     assert time.monotonic() - left[0] < 10
     assert checkpoint.newest(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step-00000016"
@@ -421,10 +428,126 @@ def test_a_second_sigint_leaves_at_once_and_what_was_saved_is_whole(
     assert_same_run(whole, tmp_path / "run")
 
 
-def drill_wait(run: Path, step: int) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("presses", "code"), [(1, 75), (2, 130)])
+def test_the_exit_code_is_right_while_something_is_written(
+    stopped: tuple[Config, Path, Path], tmp_path: Path, presses: int, code: int
+) -> None:
+    """In a program of its own, without `--nproc`."""
+    run = tmp_path / "run"
+    shutil.copytree(stopped[2], run)
+    script = (
+        "import sys, time; from pathlib import Path; from tlearn import checkpoint, cli; write = checkpoint._write; "
+        "checkpoint._write = lambda *a: (write(*a), time.sleep(float(sys.argv.pop(1)) if len(sys.argv) > 4 else 0))\n"
+        "if __name__ == '__main__': cli.main()"
+    )
+    # the first checkpoint that is written takes so long
+    command = [sys.executable, "-c", script, "4" if presses == 1 else "60", "train", "--run", str(run)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    drill_wait(run, 19, since=(run / "metrics.jsonl").stat().st_mtime_ns)
+    process.send_signal(signal.SIGINT)
+    if presses == 2:
+        time.sleep(2.5)
+        process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == code, told
+    assert ("everything is saved" in told) == (presses == 1)
+    train(stopped[0], run)
+    assert_same_run(stopped[1], run)
+
+
+def drill_wait(run: Path, step: int, since: int = 0) -> None:
+    """Until metrics.jsonl has changed and holds a step."""
     deadline = time.monotonic() + 60
-    while len(drill._rows(run, "step")) < step and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        if drill._changed_at(run) > since and len(drill._rows(run, "step")) >= step:
+            return
         time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_run_that_only_scores_is_as_good(
+    stopped: tuple[Config, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, whole, _ = stopped
+    log = Tracker.log
+
+    def log_and_send(self: Tracker, row: Row) -> None:
+        log(self, row)
+        if row["kind"] == "stage" and row["stage"] == "all":
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    monkeypatch.setattr(Tracker, "log", log_and_send)
+    with pytest.raises(StoppedBySignalError, match=r"stopped by SIGUSR2, everything is saved; .* --run"):
+        train(config, tmp_path / "run")
+    monkeypatch.undo()
+    assert not (tmp_path / "run" / "result.json").exists()
+    train(config, tmp_path / "run")
+    assert_same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_stopped_in_an_evaluation_twice_no_row_is_lost_or_doubled(
+    stopped: tuple[Config, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, whole, _ = stopped
+    log, score = Tracker.log, engine.evaluate
+
+    class PowerCutError(Exception):
+        pass
+
+    def log_and_die(self: Tracker, row: Row) -> None:
+        log(self, row)
+        if row["kind"] == "epoch" and row["epoch"] == 1:
+            raise PowerCutError
+
+    def send(runtime: Any, *rest: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return score(runtime, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(PowerCutError):
+        patch.setattr(Tracker, "log", log_and_die)
+        train(config, tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(StoppedBySignalError):
+        patch.setattr(engine, "evaluate", send)
+        train(config, tmp_path / "run")  # begins with the evaluation, whose row it cut
+    saved = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert saved is not None
+    length = (tmp_path / "run" / "metrics.jsonl").stat().st_size
+    assert checkpoint.read_progress(saved).metrics_bytes == length
+    train(config, tmp_path / "run")
+    assert_same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("every", "stop_at"), [("steps: 3", 7), ("steps: 7", 13), ("epochs: 1", 14), ("steps: 1", 20)])
+def test_sums_that_are_read_a_step_late_are_saved_in_time(
+    stopped: tuple[Config, Path, Path],
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    send_at_step: Callable[[int], None],
+    every: str,
+    stop_at: int,
+) -> None:
+    add = ledger.Ledger.add
+
+    def late(self: ledger.Ledger, *arguments: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(self.runtime), "device", torch.device("meta"))  # anything but a CPU
+            patch.setattr(self.runtime, "fetch", lambda sums: sums.tolist, raising=False)
+            patch.setattr(ledger, "_batch_hash", lambda runtime, keys: "")
+            add(self, *arguments)
+
+    config = load_config(None, [f"data.path={photos}", *TINY, STAGES, f"save_every={{{every}}}", "keep.best=2"])
+    send_at_step(stop_at)
+    monkeypatch.setattr(ledger.Ledger, "add", late)
+    with pytest.raises(StoppedBySignalError):
+        train(config, tmp_path / "run")
+    train(config, tmp_path / "run")
+    whole = [{**row, "batch_hash": ""} if "batch_hash" in row else row for row in rows(stopped[1])]
+    assert rows(tmp_path / "run") == whole
 
 
 # what may change, and what need not be there any more
@@ -480,27 +603,36 @@ def test_what_would_make_it_another_run_cannot_be_overridden(
     place = RunFolder(tmp_path / "run")
     with closing(place):
         found = place.newest_checkpoint("auto")
-        with pytest.raises(TlearnError, match=rf"{option.partition('=')[0]}: [^\n]* -> [^\n()]*$"):
+        with pytest.raises(TlearnError, match=rf"{option.partition('=')[0]}: [^\n]* -> [^\n]* \(cannot change"):
             place.changes(found, changed, "", override=True)
 
 
 @pytest.mark.slow
 def test_an_overridden_run_says_so_and_goes_on_without_the_flag(
-    stopped: tuple[Config, Path, Path], tmp_path: Path, send_at_step: Callable[[int], None]
+    stopped: tuple[Config, Path, Path],
+    tmp_path: Path,
+    send_at_step: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.copytree(stopped[2], tmp_path / "run")
     config = load_config(tmp_path / "run" / "config.yaml", ["stages.2.epochs=2", "clip_norm=0.5"])
     send_at_step(20)
-    with pytest.raises(StoppedBySignalError):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("tlearn.run.run_stage", lambda *_: 1 / 0)  # before anything was saved
         train(config, tmp_path / "run", override=True)
+    with pytest.raises(StoppedBySignalError):
+        train(load_config(tmp_path / "run" / "config.yaml", ["keep.best=1"]), tmp_path / "run")
     result = train(load_config(tmp_path / "run" / "config.yaml"), tmp_path / "run")
     assert result["overridden"] == ["from step 16: clip_norm: 1.0 -> 0.5", "from step 16: stages.2.epochs: 1 -> 2"]
     assert result["steps"] == 42
+    assert len(result["top"]) == 1
+    assert [path.name for path in (tmp_path / "run" / "best").glob("*.safetensors")] == ["model.safetensors"]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recorded", [True, False])
 def test_a_run_goes_on_where_its_pretrained_weights_are_gone(
-    tiny: MakeConfig, tmp_path: Path, send_at_step: Callable[[int], None]
+    tiny: MakeConfig, tmp_path: Path, send_at_step: Callable[[int], None], recorded: bool
 ) -> None:
     weights = tmp_path / "pretrained.safetensors"
     config = tiny("epochs=3", f"model.weights={weights}")
@@ -511,7 +643,7 @@ def test_a_run_goes_on_where_its_pretrained_weights_are_gone(
     with pytest.raises(StoppedBySignalError):
         train(config, tmp_path / "run")
     weights.unlink()
-    train(load_config(tmp_path / "run" / "config.yaml"), tmp_path / "run")
+    train(load_config(tmp_path / "run" / "config.yaml") if recorded else config, tmp_path / "run")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     with pytest.raises(TlearnError, match="no such file"):
         train(config, tmp_path / "new")
@@ -556,7 +688,7 @@ def make_saver(root: Path, every: str = "", keep: int = 2) -> Saver:
     tracker = Tracker.__new__(Tracker)
     tracker.wandb_id, tracker._lines, tracker._sinks = "w", None, []
     options = SaveEvery.model_validate(json.loads(every or "{}"))
-    return Saver(root / "checkpoints", root / "best", tracker, options, Keep(checkpoints=keep), active=True)
+    return Saver(root / "checkpoints", root / "best", None, tracker, options, Keep(checkpoints=keep), active=True)
 
 
 def test_what_is_saved_is_the_state_at_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -568,24 +700,46 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path: Path, monkeypatch: pyt
         return save(*arguments)
 
     monkeypatch.setattr(checkpoint, "save", slow)
-    subject = make_saver(tmp_path)
     tensor, progress = torch.ones(3), Progress(step=4)
-    subject.save({"w": tensor}, {"w/exp_avg": tensor}, progress)
-    tensor.zero_()
-    progress.step, progress.stage = 5, 1
-    progress.best.append({"step": 5})
-    subject.step_took(0.2)
-    go_on.set()
-    subject.wait()
-    subject.step_took(0.3)  # while it began the write was under way
-    subject.step_took(0.1)
-    subject.step_took(0.1)
+    with make_saver(tmp_path) as subject:
+        subject.save({"w": tensor}, {"w/exp_avg": tensor}, progress)
+        tensor.zero_()
+        progress.step, progress.stage = 5, 1
+        progress.best.append({"step": 5})
+        subject.step_took(0.2)
+        go_on.set()
+        subject.wait()
+        subject.step_took(0.3)  # while it began the write was under way
+        subject.step_took(0.1)
+        subject.step_took(0.1)
+        assert subject.cost.account()["save/slowdown"] == 2.5
+        assert len(subject.cost.pauses_s) == len(subject.cost.writes_s) == 1
     restored = checkpoint.load(tmp_path / "checkpoints" / "step-00000004")
     assert restored.model["w"].tolist() == restored.optimizer["w/exp_avg"].tolist() == [1.0, 1.0, 1.0]
     assert asdict(restored.progress) == asdict(Progress(step=4, wandb_id="w"))
-    account = subject.account()
-    assert account["save/slowdown"] == 2.5
-    assert 0 < account["save/pause_s"] < 0.1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_evaluation_does_not_wait_for_a_write(
+    photos: Path, tiny: MakeConfig, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tlearn.data.loader import Share
+    from tlearn.data.source import open_source
+    from tlearn.data.transforms import Preprocessing
+
+    go_on = threading.Event()
+    monkeypatch.setattr(checkpoint, "save", lambda *_: go_on.wait(20))
+    p = Preprocessing(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    source = open_source(tiny(f"data.workers={workers}"))
+    loader = source.eval_loader("val", p, Share(32), torch.device("cpu"), torch.float32)
+    with closing(loader), make_saver(tmp_path) as subject:
+        for evaluation in range(2):
+            if evaluation:  # in the first one workers are forked
+                subject.save({}, {}, Progress())
+            with loader.steps(0, loader.steps_per_epoch) as steps:
+                assert sum(len(batch.labels) for step in steps for batch in step) == 120
+        assert not go_on.is_set()
+        go_on.set()
 
 
 def test_nobody_forks_while_something_is_written(photos: Path, tiny: MakeConfig) -> None:
@@ -685,6 +839,26 @@ def test_drill_finds_a_state_that_is_not_saved(photos: Path, monkeypatch: pytest
     assert "does not repeat" not in leg["first_difference"]
 
 
+@pytest.mark.parametrize("equal", [True, False])
+def test_the_verdict_is_printed_and_is_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], equal: bool
+) -> None:
+    stop = {"signal": "SIGKILL", "processes": 1, "started_at_step": 3, "after_step": 5}
+    leg = {"name": "same processes", "precision": "fp32", "steps": 9, "exact": True, "interruptions": [stop]}
+    leg |= {"first_difference": None if equal else "step 4: train/loss 1 instead of 2", "largest_difference": 0.0}
+    report = {"equal": equal, "legs": [leg | {"equal": equal}], "folder": None}
+    monkeypatch.setattr(drill, "drill", lambda path, overrides, **options: report | {"called": [overrides, options]})
+    code = run_cli(monkeypatch, "drill", "data.path=x", "--kills", "1", "--json")
+    printed = json.loads(capsys.readouterr().out)
+    assert (code, printed["equal"]) == (0 if equal else 1, equal)
+    assert printed["called"] == [["data.path=x"], {"nproc": 1, "kills": 1, "seed": 0}]
+    assert run_cli(monkeypatch, "drill", "data.path=x") == code
+    told = capsys.readouterr().out
+    assert ("EQUAL    same processes" in told) == equal
+    assert ("DIFFERS  same processes" in told and "step 4: train/loss 1 instead of 2" in told) != equal
+    assert "NOT TRIED: other numbers of processes" in told
+
+
 def test_a_stream_is_not_drilled(tmp_path: Path) -> None:
     stream = "data.stream={val: b.tar, classes: [a, b], train_samples: 9, val_samples: 9}"
     with pytest.raises(TlearnError, match="nothing to drill"):
@@ -699,6 +873,6 @@ def test_the_copy_keeps_the_recipe_and_is_short(photos: Path, tmp_path: Path) ->
     assert [(s.name, s.train, s.optimizer) for s in copy.stages or []] == [
         (s.name, s.train, s.optimizer) for s in own.stages or []
     ]
-    assert (copy.batch.size, copy.batch.micro, copy.data.image_size, copy.data.max_train) == (16, 4, 64, 79)
+    assert (copy.batch.size, copy.batch.micro, copy.data.image_size, copy.data.max_train) == (16, 8, 64, 79)
     assert sum(stage.epochs for stage in copy.stages or []) == 5
     assert copy.tracking.wandb.mode == "disabled"

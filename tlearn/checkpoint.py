@@ -10,6 +10,7 @@ checkpoints/step-00000123/model.safetensors      parameters and buffers
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -85,13 +86,14 @@ def copied(tensors: Tensors) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
-def save(root: Path, state: State, kept: int) -> Path:
+def save(root: Path, state: State, kept: int, after: Path | None) -> Path:
     """Write a checkpoint; what is older than the newest `kept` is pruned once it is in place.
 
     Args:
         root: where the checkpoints lie.
         state: tensors as `copied` gives them.
         kept: 2 or more.
+        after: the checkpoint that this one follows. What else is newer was damaged: the run went on from before it.
 
     Raises:
         OSError, SafetensorError: the disk is full, say; what was there before is still there, and nothing else.
@@ -99,6 +101,8 @@ def save(root: Path, state: State, kept: int) -> Path:
     final = _free_name(root, state.progress.step)
     for half_written in root.glob(".step-*"):  # by a process that was killed
         shutil.rmtree(half_written)
+    for half_written in root.glob(".best-*"):
+        half_written.unlink()
     temporary = root / f".{final.name}"
     temporary.mkdir(parents=True)
     try:
@@ -109,11 +113,11 @@ def save(root: Path, state: State, kept: int) -> Path:
         raise
     fsync(root)
     folders = _checkpoints(root)
-    # what is newer than this was damaged: the run went on from before it
-    abandoned = folders[: folders.index(final)]
-    for old in abandoned + folders[len(abandoned) :][kept:]:
+    abandoned = [f for f in folders if f != final and (after is None or _position(f) > _position(after))]
+    valid = [f for f in folders if f not in abandoned]
+    for old in abandoned + valid[kept:]:
         shutil.rmtree(old)
-    named = {_best(root, score) for folder in _checkpoints(root) for score in _scores(folder)}
+    named = {path for folder in valid[:kept] for path in _named_weights(folder)}
     for weights in set(root.glob("best-*.safetensors")) - named:
         weights.unlink()
     return final
@@ -177,8 +181,14 @@ def save_best(root: Path, model: Tensors, score: Mapping[str, Any]) -> None:
     root.mkdir(parents=True, exist_ok=True)
     path = _best(root, score)
     temporary = path.with_name(f".{path.name}")
-    save_file(dict(model), temporary, metadata={"best": json.dumps(dict(score))})
-    replace(temporary, path)
+    try:
+        about = {"score": dict(score), "sha256": _digest(model, score)}
+        # one entry: of several safetensors writes the first one first or not
+        save_file(dict(model), temporary, metadata={"best": json.dumps(about)})
+        replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def publish_best(root: Path, folder: Path, best: Sequence[Mapping[str, Any]]) -> None:
@@ -199,6 +209,22 @@ def publish_best(root: Path, folder: Path, best: Sequence[Mapping[str, Any]]) ->
             path.unlink()
 
 
+def mended_best(root: Path, folder: Path, best: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the best epochs whose weights are still there; where somebody deleted them in one place they come from
+    the other, and `folder` shows them again."""
+    there = []
+    for score in map(dict, best):
+        if not _best(root, score).is_file():
+            shown = [path for path in folder.glob("*.safetensors") if load_best(path)[1] == score]
+            if not shown:
+                show(f"WARNING: {_best(root, score)} is gone; step {score['step']} no longer counts among the best")
+                continue
+            shutil.copyfile(shown[0], _best(root, score))
+        there.append(score)
+    publish_best(root, folder, there)
+    return there
+
+
 def load_best(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Weights and score that `save_best` wrote.
 
@@ -209,17 +235,29 @@ def load_best(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise TlearnError(f"{path}: not found; has this run finished an epoch?")
     try:
         with safe_open(path, framework="pt") as file:
-            best = json.loads(file.metadata()["best"])
-        return load_file(path), best
+            about = json.loads(file.metadata()["best"])
+        model, score = load_file(path), about["score"]
+        if _digest(model, score) != about["sha256"]:
+            raise ValueError("other bytes than were written")
+        return model, score
     except (SafetensorError, ValueError, LookupError, TypeError) as error:
         raise TlearnError(f"{path}: damaged ({error}); restore the file, or train again") from None
 
 
-def _scores(folder: Path) -> list[dict[str, Any]]:
+def _named_weights(folder: Path) -> list[Path]:
     try:
-        return read_progress(folder).best
-    except (OSError, ValueError, TypeError):  # damaged, or of another version: nobody can go on from it
+        return [_best(folder.parent, score) for score in read_progress(folder).best]
+    except (OSError, ValueError, TypeError, LookupError):  # damaged meanwhile: nobody can go on from it
         return []
+
+
+def _digest(tensors: Tensors, score: Mapping[str, Any]) -> str:
+    """SHA-256 of names, values and score."""
+    digest = hashlib.sha256(json.dumps(score, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _best(root: Path, score: Mapping[str, Any]) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
 from enum import StrEnum
 from importlib import import_module
@@ -223,7 +224,10 @@ def _in_processes(function: str, nproc: int | None, *arguments: Any) -> Any:
         from tlearn.launch import run_ranks
 
         return run_ranks(call, (function, *arguments), nproc)[0]
-    result = call(function, *arguments)
+    try:
+        result = call(function, *arguments)
+    except KeyboardInterrupt:  # the second one: not even a write that is under way is waited for
+        os._exit(128 + signal.SIGINT)
     if launched is not None:
         from tlearn.runtime import leave
 

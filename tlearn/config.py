@@ -229,7 +229,7 @@ class SaveEvery(Section):
     steps: int | None = Field(None, ge=1)
     """Every so many optimizer steps as well."""
     minutes: float | None = Field(15.0, gt=0)
-    """So many minutes after the one before as well: what a crash can cost at most. null: not by the clock."""
+    """At the first step so many minutes after the one before as well; null: not by the clock."""
 
 
 class Keep(Section):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tlearn.checkpoint import Progress
+from tlearn.checkpoint import Progress, Tensors
 from tlearn.config import Config, Stage
 from tlearn.console import progress_bar, show
 from tlearn.data.loader import Batch, Share, Steps
@@ -28,8 +28,6 @@ from tlearn.replicas import average_statistics, check_replicas, find_micro_batch
 from tlearn.runtime import Runtime
 from tlearn.saver import Saver
 from tlearn.tracking import Tracker
-
-Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass
@@ -113,6 +111,7 @@ def run_stage(
         loader.steps(progress.stage_step, total, first_epoch) as steps,
         progress_bar(stage.name, total, progress.stage_step) as advance,
     ):
+        ledger.pause()
         model.train()
         if epoch_is_over():  # the run ended between the last step of an epoch and its evaluation
             _finish_epoch(run, ledger, stage, first_epoch)
@@ -125,7 +124,7 @@ def run_stage(
             advance(note=ledger.note)
             if ledger.stop:
                 raise runtime.stop.error()
-            if ledger.save or run.saver.is_due(progress, loader.steps_per_epoch):
+            if ledger.save_due or run.saver.is_due(progress, loader.steps_per_epoch):
                 _save(run, ledger, optimizer)
             if epoch_is_over():
                 _finish_epoch(run, ledger, stage, first_epoch)
@@ -216,7 +215,7 @@ def _finish_epoch(run: Run, ledger: Ledger, stage: Stage, first_epoch: int) -> N
         f"val/top1@{size_px}": val["top1"],
         f"val/loss@{size_px}": val["loss"],
     }
-    run.tracker.log({"kind": "epoch", **place, "samples": progress.samples, **measures, **run.saver.account()})
+    run.tracker.log({"kind": "epoch", **place, "samples": progress.samples, **measures, **run.saver.cost.account()})
     show(
         f"epoch {epoch + 1:3d}  {stage.name:12s}  train loss {_number(loss)}  top-1 {top1 or 0:6.1%}"
         f"  |  val@{size_px} loss {_number(val['loss'])}  top-1 {val['top1']:6.1%}"
@@ -243,17 +242,15 @@ def _saved_when_stopped(run: Run, ledger: Ledger, optimizer: torch.optim.Optimiz
     """A stop on which all ranks agreed leaves with everything saved."""
     try:
         yield
-    except StoppedBySignalError as stopped:
+    except StoppedBySignalError:
         _save(run, ledger, optimizer)
         run.runtime.on_main(run.saver.wait)
-        raise StoppedBySignalError(
-            f"{stopped}, everything is saved; go on with: tlearn train --run {run.folder.path}"
-        ) from None
+        raise
 
 
 def _save(run: Run, ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:
     ledger.settle()
     run.progress.scaler = run.runtime.scaler_state()
     run.saver.save(run.model.net.state_dict(), named_state(optimizer), run.progress)
-    ledger.save = False
+    ledger.save_due = False
     ledger.pause()

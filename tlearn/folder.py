@@ -23,6 +23,7 @@ from tlearn.config import Config
 from tlearn.configfile import differing_keys, dump_config, load_config
 from tlearn.errors import TlearnError
 from tlearn.files import write_json, write_text
+from tlearn.models.backbones import full_name
 from tlearn.models.build import Card, Model
 
 Resume = Literal["auto", "never", "must"]
@@ -82,6 +83,8 @@ class RunFolder:
         else:
             self.lock()
             found = checkpoint.newest(self.checkpoints)
+            if self.best.exists() and not self.checkpoints.exists():
+                raise TlearnError(f"{self.checkpoints}: is gone; restore it, or choose another --run to start over")
         if resume == "must" and found is None:
             raise TlearnError(f"{self.path}: no checkpoint to resume from")
         return found
@@ -91,10 +94,14 @@ class RunFolder:
 
         With it a run goes on where the pretrained weights cannot be had any more.
         """
-        if found is None or not self.card.is_file():
+        if found is None:
             return None
-        began = Config.model_validate(checkpoint.read_progress(found).config)
-        return Card.read(self.card) if began.model == config.model else None
+        try:
+            card = Card.read(self.card)
+        except (TlearnError, OSError):  # it is written anew
+            return None
+        same = full_name(config.model.backbone) == card.backbone and config.model.weights in (card.weights, card.asked)
+        return card if same else None
 
     def changes(self, found: Path | None, config: Config, data_fingerprint: str, *, override: bool) -> list[str]:
         """Options that the run in this folder is to go on with instead of those it began with, as `key: old -> new`.
@@ -110,21 +117,39 @@ class RunFolder:
         changes = [d for d in differing_keys(began, config) if not d.startswith(FREE_TO_CHANGE)]
         unsafe = [d for d in changes if not _is_safe(d, began, config, progress or Progress())]
         if unsafe or (changes and not override):
-            safe = [f"{d} (goes on with --override)" for d in changes if d not in unsafe]
-            raise TlearnError(
-                "\n  ".join([f"{self.path}: holds a run with other options; choose another --run:", *unsafe, *safe])
-            )
+            lines = [
+                f"{d} ({'cannot change once a run has begun' if d in unsafe else 'goes on with --override'})"
+                for d in changes
+            ]
+            header = f"{self.path}: holds a run with other options; go on with those, or choose another --run:"
+            raise TlearnError("\n  ".join([header, *lines]))
         if progress and progress.data_fingerprint != data_fingerprint:
             raise TlearnError(f"{self.path}: {config.data.path} holds other images than when this run began")
         return changes
 
     def open(
-        self, config: Config, environment: dict[str, Any], model: Model, classes: tuple[str, ...], fingerprint: str
+        self,
+        config: Config,
+        environment: dict[str, Any],
+        model: Model,
+        asked: str,
+        classes: tuple[str, ...],
+        fingerprint: str,
     ) -> None:
-        """Make the folder and record what the run is made of; from here on what is shown is logged too."""
-        card = Card(model.backbone, model.head, model.weights, classes, fingerprint, model.preprocessing)
+        """Make the folder and record what the run is made of; from here on what is shown is logged too.
+
+        Args:
+            asked: for which weights, before a tag was known.
+
+        Raises:
+            TlearnError: another process has made one here meanwhile.
+        """
+        card = Card(model.backbone, model.head, model.weights, asked, classes, fingerprint, model.preprocessing)
         self.card.parent.mkdir(parents=True, exist_ok=True)
+        is_new = self._lock is None
         self.lock()
+        if is_new and self.config.exists():
+            raise TlearnError(f"{self.path}: another process began a run here meanwhile; choose another --run")
         write_json(self.card, asdict(card))
         write_json(self.path / "environment.json", environment)
         write_text(self.config, f"# tlearn train {self.config} --run NEW   runs this again\n{dump_config(config)}")
@@ -171,9 +196,10 @@ def _is_safe(difference: str, began: Config, config: Config, progress: Progress)
     number, _, option = rest.partition(".")
     old, new = began.stages or [], config.stages or []
     if int(number) == progress.stage < len(old):  # it runs: it can become longer, but not end before where it stands
-        return progress.stage < len(new) and (
-            option != "epochs" or new[progress.stage].epochs > old[progress.stage].epochs
-        )
+        if progress.stage >= len(new):
+            return False
+        longer = new[progress.stage].epochs > old[progress.stage].epochs
+        return option != "epochs" or longer or progress.stage_step == 0
     return int(number) >= progress.stage
 
 

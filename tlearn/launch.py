@@ -161,7 +161,7 @@ def _forward_to(ranks: Sequence[_Rank], nproc: int) -> Handler:
         for rank in ranks:
             if rank.process.is_alive():
                 # not as SIGINT: a terminal has sent them that already, and a second one means "at once"
-                os.kill(rank.process.pid or 0, signal.SIGTERM)
+                os.kill(rank.process.pid or 0, signal.SIGTERM if number == signal.SIGINT else number)
 
     return forward
 

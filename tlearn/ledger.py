@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tlearn import checkpoint
 from tlearn.checkpoint import Progress
 from tlearn.data.loader import Batch
 from tlearn.data.order import mix_array
@@ -51,7 +50,7 @@ class Ledger:
         runtime, objective, tracker: of the run.
         progress: counted up here.
         stage: its name.
-        saver: is told how long steps take.
+        saver: is told how long steps take, and knows the newest checkpoint.
         audit: write the hash of every batch.
     """
 
@@ -68,7 +67,7 @@ class Ledger:
     ) -> None:
         self.runtime, self.objective, self.tracker, self.progress = runtime, objective, tracker, progress
         self.stage, self.saver, self.audit = stage, saver, audit
-        self.stop = self.save = False
+        self.stop = self.save_due = False
         self.note = ""
         self._pending: _Pending | None = None
         self._clock = time.perf_counter()
@@ -130,14 +129,14 @@ class Ledger:
             progress.rejected = 0
             for name, value in {"loss": sums.loss, "weight": weight, "correct": sums.correct, "n": n}.items():
                 progress.epoch_sums[name] = progress.epoch_sums.get(name, 0.0) + value
-        self.stop, self.save = sums.stop > 0, sums.save > 0
+        self.stop, self.save_due = sums.stop > 0, sums.save > 0
         self.note = f"loss {sums.loss / weight:.3f}"
         self.tracker.log(row)
         if progress.rejected >= MAX_REJECTED:
             cause = "the gradient overflowed" if math.isfinite(sums.loss) else "the loss is not finite"
             rate = max(row["lr"].values())
             advice = f"a rate of {rate / 10:.1g} instead of {rate:.1g} (optimizer.lr of this stage, in a new --run)"
-            newest = checkpoint.newest(self.saver.checkpoints) or "none yet"
+            newest = self.runtime.on_main(self.saver.wait) or "none yet"
             raise DivergedError(
                 f"stage {self.stage}: {progress.rejected} steps in a row were skipped, because {cause}; their images "
                 f"are named in metrics.jsonl. The last good checkpoint: {newest}. "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tlearn.console import show
 from tlearn.data.loader import Share
 from tlearn.data.source import Source, open_source
 from tlearn.engine import Run, run_stage
-from tlearn.errors import TlearnError
+from tlearn.errors import StoppedBySignalError, TlearnError
 from tlearn.evaluate import evaluate
 from tlearn.files import write_json
 from tlearn.folder import Resume, RunFolder
@@ -63,7 +64,7 @@ def train(
         )
         _check_precision(precision, runtime)
         runtime.set_precision(precision)
-        config = _resolved(config, model, precision)
+        asked, config = config.model.weights, _resolved(config, model, precision)
         stages = filled(config)
         sizes = {name: parameter.numel() for name, parameter in model.net.named_parameters()}
         plan = [resolve(stage, list(sizes), model.head, model.blocks) for stage in stages]
@@ -77,21 +78,25 @@ def train(
         progress.config = config.model_dump(mode="json")
         progress.overridden += [f"from step {progress.step}: {change}" for change in changes]
         if restored:
+            best = progress.best
+            progress.best = runtime.on_main(lambda: checkpoint.mended_best(place.checkpoints, place.best.parent, best))
             model.net.load_state_dict(restored.model)
         model.net.to(runtime.device)
         environment = runtime.environment() | {"precision_measured": measured}
-        runtime.on_main(lambda: place.open(config, environment, model, source.classes, source.fingerprint))
-        run = _run(config, runtime, place, source, share, model, progress)
+        if restored and changes:  # before config.yaml names what no checkpoint knows
+            state = restored._replace(progress=progress)
+            found = runtime.on_main(lambda: checkpoint.save(place.checkpoints, state, config.keep.checkpoints, found))
+        runtime.on_main(lambda: place.open(config, environment, model, asked, source.classes, source.fingerprint))
+        run = _run(config, runtime, place, found, source, share, model, progress)
         _introduce(run, source)
         show_stages(stages, plan, sizes)
 
-        with closing(run.tracker), closing(run.val_loader):
+        with run.tracker, run.saver, closing(run.val_loader), _stopped_in(place), handled_by(runtime.stop.set):
             optimizer_state = restored.optimizer if restored else {}
-            with handled_by(runtime.stop.set):
-                for number, (stage, multipliers) in enumerate(zip(stages, plan, strict=True)):
-                    if number >= progress.stage:
-                        first_epoch = sum(s.epochs for s in stages[:number])
-                        optimizer_state = run_stage(run, stage, multipliers, first_epoch, optimizer_state)
+            for number, (stage, multipliers) in enumerate(zip(stages, plan, strict=True)):
+                if number >= progress.stage:
+                    first_epoch = sum(s.epochs for s in stages[:number])
+                    optimizer_state = run_stage(run, stage, multipliers, first_epoch, optimizer_state)
             runtime.on_main(run.saver.wait)
             result = _result(run, source)
             if runtime.is_main:
@@ -100,10 +105,22 @@ def train(
     return result
 
 
+@contextmanager
+def _stopped_in(place: RunFolder) -> Iterator[None]:
+    """Where a run can be stopped with everything saved: says how to go on."""
+    try:
+        yield
+    except StoppedBySignalError as stopped:
+        raise StoppedBySignalError(
+            f"{stopped}, everything is saved; go on with: tlearn train --run {place.path}"
+        ) from None
+
+
 def _run(
     config: Config,
     runtime: Runtime,
     place: RunFolder,
+    found: Path | None,
     source: Source,
     share: Share,
     model: Model,
@@ -124,7 +141,13 @@ def _run(
         objective=build_objective(config.objective, model.net, source.per_class).to(runtime.device),
         tracker=tracker,
         saver=Saver(
-            place.checkpoints, place.best.parent, tracker, config.save_every, config.keep, active=runtime.is_main
+            place.checkpoints,
+            place.best.parent,
+            found,
+            tracker,
+            config.save_every,
+            config.keep,
+            active=runtime.is_main,
         ),
         progress=progress,
     )
@@ -204,7 +227,7 @@ def _result(run: Run, source: Source) -> dict[str, Any]:
         "overridden": progress.overridden,
         "seconds": round(progress.seconds, 3),
         "train_images_per_s": round(progress.samples / progress.seconds, 2),
-        **run.saver.account(),
+        **run.saver.cost.account(),
         "backbone": run.model.backbone,
         "weights": run.model.weights,
         "classes": list(run.classes),

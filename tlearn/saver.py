@@ -9,7 +9,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,13 @@ _REMEMBERED = 1000
 
 
 class Saver:
-    """Writes checkpoints and the weights of the best epochs, one at a time, in the order they came.
+    """Writes checkpoints and the weights of the best epochs, one after the other; the context ends after that.
 
     A write that fails is reported and training goes on: what was saved before is whole, and the next one may find room.
 
     Args:
         checkpoints, best: folders of the run.
+        found: the checkpoint that the run goes on from.
         tracker: of the run; a checkpoint names how far its metrics were.
         every: when checkpoints are due.
         keep: how many stay.
@@ -42,19 +44,32 @@ class Saver:
     """
 
     def __init__(
-        self, checkpoints: Path, best: Path, tracker: Tracker, every: SaveEvery, keep: Keep, *, active: bool
+        self,
+        checkpoints: Path,
+        best: Path,
+        found: Path | None,
+        tracker: Tracker,
+        every: SaveEvery,
+        keep: Keep,
+        *,
+        active: bool,
     ) -> None:
         self.checkpoints, self.best, self.tracker = checkpoints, best, tracker
         self.every, self.keep, self.active = every, keep, active
-        self.pauses_s: list[float] = []
-        self.writes_s: list[float] = []
+        self.cost = Cost()
+        self._last = found
+        self._saved_at = time.monotonic()
         self._unwritten: list[tuple[Tensors, Mapping[str, Any]]] = []
         self._shown: list[dict[str, Any]] = []
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        self._saved_at = time.monotonic()
-        self._step_s: dict[bool, deque[float]] = {beside: deque(maxlen=_REMEMBERED) for beside in (False, True)}
-        self._was_writing = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver", initializer=_be_nice)
+        self._writes: list[Future[None]] = []
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        # who leaves at once leaves a half-written folder, which the next save removes
+        self._thread.shutdown(wait=kind is not KeyboardInterrupt, cancel_futures=kind is KeyboardInterrupt)
 
     def is_due(self, progress: Progress, steps_per_epoch: int) -> bool:
         """By epochs or steps: the same on every rank."""
@@ -69,93 +84,117 @@ class Saver:
         return self.active and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def save(self, model: Tensors, optimizer: Tensors, progress: Progress) -> None:
-        """Copy everything now, write a checkpoint of it beside what follows."""
+        """Copy everything now, write a checkpoint of it beside what follows; waits for the one before."""
         if not self.active:
             return
-        with _timed(self.pauses_s):
-            self._report_failure()
+        with _timed(self.cost.pauses_s):
+            if error := self._finish():
+                show(
+                    f"WARNING: {self.checkpoints}: not saved: {error}; training goes on, earlier checkpoints are whole"
+                )
             progress.wandb_id, progress.metrics_bytes = self.tracker.wandb_id, self.tracker.written()
             state = State(copied(model), copied(optimizer), deepcopy(progress))
 
             def write() -> None:
-                with _timed(self.writes_s):
-                    self._write_best(state.progress.best)  # which the checkpoint will name
-                    checkpoint.save(self.checkpoints, state, self.keep.checkpoints)
+                with _timed(self.cost.writes_s):
+                    self._write_weights(state.progress.best)  # which the checkpoint will name
+                    self._last = checkpoint.save(self.checkpoints, state, self.keep.checkpoints, self._last)
+                self._show_best(state.progress.best)
 
             self._begin(write)
         self._saved_at = time.monotonic()
 
     def keep_best(self, model: Tensors, best: list[dict[str, Any]], score: Mapping[str, Any]) -> None:
         """Write the weights that got this score if they are among the best, and show the best in their folder."""
-        if not self.active:
+        if not self.active or score not in best:
             return
-        self._report_failure()
-        if score in best:
-            self._unwritten.append((copied(model), score))
         best = deepcopy(best)
-        self._begin(lambda: self._write_best(best))
+        with _timed(self.cost.pauses_s):
+            self._unwritten.append((copied(model), score))
 
-    def wait(self) -> None:
-        """Until everything is written.
+        def write() -> None:
+            self._write_weights(best)
+            self._show_best(best)
+
+        self._begin(write)
+
+    def wait(self) -> Path | None:
+        """Until everything is written; returns the newest checkpoint.
 
         Raises:
             TlearnError: it could not be.
         """
         if error := self._finish():
-            raise TlearnError(f"{self.checkpoints}: not saved: {error}; make room and start the same command again")
+            raise TlearnError(f"{self.checkpoints}: not saved: {error}; mend that and start the same command again")
+        return self._last
 
     def step_took(self, seconds: float) -> None:
-        """Note the time of a training step, for `account`."""
-        writing = self._thread is not None and self._thread.is_alive()
-        self._step_s[writing or self._was_writing].append(seconds)
-        self._was_writing = writing
+        """Note the time of a training step."""
+        self.cost.step_took(seconds, writing=self.is_writing)
 
-    def account(self) -> dict[str, float]:
-        """What saving cost so far, medians: the pause of the loop and the time to write, in s, and how many times as
-        long as others the steps took beside which was written; what is not known yet is left out."""
-        measures = {"save/pause_s": self.pauses_s, "save/write_s": self.writes_s}
-        account = {name: round(statistics.median(values), 4) for name, values in measures.items() if values}
-        if all(self._step_s.values()):
-            alone, beside = (statistics.median(self._step_s[writing]) for writing in (False, True))
-            account["save/slowdown"] = round(beside / alone, 3)
-        return account
+    @property
+    def is_writing(self) -> bool:
+        """Whether something is not yet on the disk."""
+        return any(not write.done() for write in self._writes)
 
-    def _write_best(self, best: list[dict[str, Any]]) -> None:
+    def _begin(self, write: Callable[[], None]) -> None:
+        def run() -> None:
+            with no_fork:
+                write()
+
+        self._writes.append(self._thread.submit(run))
+
+    def _finish(self) -> BaseException | None:
+        """Wait for what is being written; returns why the last of it failed, if a disk may be the reason."""
+        errors = [write.exception() for write in self._writes]
+        self._writes = []
+        for error in errors:
+            if error is not None and not isinstance(error, OSError | SafetensorError):
+                raise error
+        return errors[-1] if errors else None
+
+    def _write_weights(self, best: list[dict[str, Any]]) -> None:
         while self._unwritten:  # more than one if the disk was full
             weights, score = self._unwritten[0]
             if score in best:
                 checkpoint.save_best(self.checkpoints, weights, score)
             del self._unwritten[0]
+
+    def _show_best(self, best: list[dict[str, Any]]) -> None:
         if best != self._shown:
             checkpoint.publish_best(self.checkpoints, self.best, best)
             self._shown = best
 
-    def _begin(self, write: Callable[[], object]) -> None:
-        def run() -> None:
-            if sys.platform == "linux":  # there a thread has a priority of its own; training comes first
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-            try:
-                with no_fork:
-                    write()
-            except BaseException as error:
-                self._error = error
 
-        # a daemon: who leaves at once leaves a half-written folder that the next save removes
-        self._thread = threading.Thread(target=run, name="saver", daemon=True)
-        self._thread.start()
+class Cost:
+    """What saving costs: the pauses of the loop, the time to write, the slowdown of the steps beside that."""
 
-    def _finish(self) -> BaseException | None:
-        """Wait for the write that is under way; returns why it failed, if a disk may be the reason."""
-        if self._thread is not None:
-            self._thread.join()
-        error, self._thread, self._error = self._error, None, None
-        if error is not None and not isinstance(error, OSError | SafetensorError):
-            raise error
-        return error
+    def __init__(self) -> None:
+        self.pauses_s: list[float] = []
+        self.writes_s: list[float] = []
+        self.steps_s: dict[bool, deque[float]] = {beside: deque(maxlen=_REMEMBERED) for beside in (False, True)}
+        self._was_writing = False
 
-    def _report_failure(self) -> None:
-        if error := self._finish():
-            show(f"WARNING: {self.checkpoints}: not saved: {error}; training goes on, earlier checkpoints are whole")
+    def step_took(self, seconds: float, *, writing: bool) -> None:
+        """Note the time of a training step, at the end of which something was being written or not."""
+        self.steps_s[writing or self._was_writing].append(seconds)
+        self._was_writing = writing
+
+    def account(self) -> dict[str, float]:
+        """Medians so far: the pause and the time to write, in s, and how many times as long as others the steps took
+        beside which was written; what is not known yet is left out."""
+        measures = {"save/pause_s": self.pauses_s, "save/write_s": self.writes_s}
+        account = {name: round(statistics.median(values), 4) for name, values in measures.items() if values}
+        if all(self.steps_s.values()):
+            alone, beside = (statistics.median(self.steps_s[writing]) for writing in (False, True))
+            account["save/slowdown"] = round(beside / alone, 3)
+        return account
+
+
+def _be_nice() -> None:
+    if sys.platform == "linux":  # there a thread has a priority of its own; training comes first
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ class JsonLines:
             show(f"WARNING: {path}: is shorter than when the run was saved; rows are missing")
         else:
             self._file.truncate(size)
+            self._file.seek(size)
 
     def log(self, row: Row) -> None:
         """Append a line."""
@@ -109,6 +110,13 @@ class Tracker:
     def written(self) -> int:
         """Length of metrics.jsonl, which a run that goes on from here cuts it to; 0 where it is not written."""
         return self._lines.written() if self._lines is not None else 0
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is not KeyboardInterrupt:  # to finish may take long: W&B sends what is left
+            self.close()
 
     def close(self) -> None:
         """Finish all sinks."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
@@ -260,10 +260,11 @@ class Fetcher:
         self, dataset: Dataset[Any], positions: Positions | None, workers: int
     ) -> Iterator[Iterator[tuple[torch.Tensor, ...]]]:
         """One pass; the workers end with the context, also when still decoding, unless they are kept."""
-        if self._loader is None or positions != self._positions:
+        loader, forks = self._loader, False
+        if loader is None or positions != self._positions:
             self.close()
-            self._positions = positions
-            self._loader = DataLoader(
+            self._positions, forks = positions, workers > 0
+            loader = self._loader = DataLoader(
                 dataset,
                 batch_size=None,
                 sampler=positions,
@@ -274,8 +275,8 @@ class Fetcher:
                 multiprocessing_context=START_METHOD if workers else None,
                 persistent_workers=self.keep and workers > 0,
             )
-        with no_fork:
-            self._batches = iter(self._loader)
+        with no_fork if forks else nullcontext():
+            self._batches = iter(loader)
         try:
             yield _raised(self._batches)
         finally:

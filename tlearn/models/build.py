@@ -78,6 +78,8 @@ class Card:
     head: str
     weights: str
     """Where the run started from."""
+    asked: str
+    """What the config said of it: `default`, say."""
     classes: tuple[str, ...]
     """Names in label order."""
     data_fingerprint: str
