@@ -271,6 +271,11 @@ def another_best(run: Path) -> None:
     save_file(weights, run / "best" / "model.safetensors", {"best": json.dumps({"step": 17, "top1": 1.0})})
 
 
+def forget_best(run: Path) -> None:
+    for path in (run / "checkpoints").glob("best-*"):
+        path.unlink()
+
+
 FAULTS: dict[str, Callable[[Path], None]] = {
     "nothing": lambda run: None,
     "the newest is deleted": lambda run: shutil.rmtree(newest(run)),
@@ -437,13 +442,15 @@ def test_the_exit_code_is_right_while_something_is_written(
     run = tmp_path / "run"
     shutil.copytree(stopped[2], run)
     script = (
-        "import sys, time; from pathlib import Path; from tlearn import checkpoint, cli; write = checkpoint._write; "
-        "checkpoint._write = lambda *a: (write(*a), time.sleep(float(sys.argv.pop(1)) if len(sys.argv) > 4 else 0))\n"
+        "import os, time; from tlearn import checkpoint, cli; write = checkpoint._write\n"
+        "def slow(*a):\n    write(*a); time.sleep(float(os.environ.pop('WRITE_S', 0)))\n"
+        "checkpoint._write = slow\n"
         "if __name__ == '__main__': cli.main()"
     )
+    command = [sys.executable, "-c", script, "train", "--run", str(run)]
     # the first checkpoint that is written takes so long
-    command = [sys.executable, "-c", script, "4" if presses == 1 else "60", "train", "--run", str(run)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "WRITE_S": "4" if presses == 1 else "60"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     drill_wait(run, 19, since=(run / "metrics.jsonl").stat().st_mtime_ns)
     process.send_signal(signal.SIGINT)
     if presses == 2:
@@ -506,12 +513,14 @@ def test_stopped_in_an_evaluation_twice_no_row_is_lost_or_doubled(
         os.kill(os.getpid(), signal.SIGTERM)
         return score(runtime, *rest)
 
-    with monkeypatch.context() as patch, pytest.raises(PowerCutError):
-        patch.setattr(Tracker, "log", log_and_die)
+    monkeypatch.setattr(Tracker, "log", log_and_die)
+    with pytest.raises(PowerCutError):
         train(config, tmp_path / "run")
-    with monkeypatch.context() as patch, pytest.raises(StoppedBySignalError):
-        patch.setattr(engine, "evaluate", send)
+    monkeypatch.setattr(Tracker, "log", log)
+    monkeypatch.setattr(engine, "evaluate", send)
+    with pytest.raises(StoppedBySignalError):
         train(config, tmp_path / "run")  # begins with the evaluation, whose row it cut
+    monkeypatch.setattr(engine, "evaluate", score)
     saved = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert saved is not None
     length = (tmp_path / "run" / "metrics.jsonl").stat().st_size
@@ -616,10 +625,11 @@ def test_an_overridden_run_says_so_and_goes_on_without_the_flag(
 ) -> None:
     shutil.copytree(stopped[2], tmp_path / "run")
     config = load_config(tmp_path / "run" / "config.yaml", ["stages.2.epochs=2", "clip_norm=0.5"])
-    send_at_step(20)
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr("tlearn.run.run_stage", lambda *_: 1 / 0)  # before anything was saved
+    monkeypatch.setattr("tlearn.run.run_stage", lambda *_: 1 / 0)  # before anything is saved
+    with pytest.raises(ZeroDivisionError):
         train(config, tmp_path / "run", override=True)
+    monkeypatch.setattr("tlearn.run.run_stage", engine.run_stage)
+    send_at_step(20)
     with pytest.raises(StoppedBySignalError):
         train(load_config(tmp_path / "run" / "config.yaml", ["keep.best=1"]), tmp_path / "run")
     result = train(load_config(tmp_path / "run" / "config.yaml"), tmp_path / "run")
