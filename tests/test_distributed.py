@@ -30,8 +30,8 @@ from tlearn.config import Config
 from tlearn.data.loader import Share
 from tlearn.errors import RankFailedError, StoppedBySignalError, TlearnError
 from tlearn.launch import run_ranks
+from tlearn.rendezvous import check_rendezvous
 from tlearn.run import train
-from tlearn.runtime import check_rendezvous
 
 MakeConfig = Callable[..., Config]
 Row = dict[str, Any]

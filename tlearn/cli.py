@@ -20,6 +20,7 @@ import typer
 
 from tlearn import __version__
 from tlearn.errors import EXPECTED, TlearnError, refused
+from tlearn.rendezvous import from_slurm
 from tlearn.signals import handled_by, stop
 
 app = typer.Typer(
@@ -251,6 +252,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        os.environ.update(from_slurm(os.environ))
         with handled_by(stop):
             app()
     except EXPECTED as error:

@@ -13,7 +13,8 @@ import torch
 from rich.table import Table
 
 from tlearn.data.workers import available_cores
-from tlearn.runtime import RENDEZVOUS, Runtime
+from tlearn.rendezvous import RENDEZVOUS
+from tlearn.runtime import Runtime
 
 Report = dict[str, Any]
 

@@ -25,10 +25,8 @@ from torch import nn
 
 from tlearn import console
 from tlearn.errors import TlearnError
+from tlearn.rendezvous import check_rendezvous, from_slurm
 from tlearn.signals import StopFlag, handled_by
-
-RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Variables by which processes find each other; torchrun, accelerate and `--nproc` set all of them."""
 
 T = TypeVar("T")
 
@@ -46,6 +44,7 @@ class Runtime:
     precision: str
 
     def __init__(self) -> None:
+        os.environ.update(from_slurm(os.environ))
         check_rendezvous(os.environ)
         here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         if not use_cpu() and here > torch.accelerator.device_count():
@@ -211,32 +210,6 @@ def use_cpu() -> bool:
     """Whether to compute on the CPU: no accelerator is there, or accelerate was told not to use it."""
     told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return told or not torch.accelerator.is_available()
-
-
-def check_rendezvous(environment: Mapping[str, str]) -> None:
-    """Raise where only some of the variables are set by which processes find each other.
-
-    `accelerate launch --cpu --num_processes 2`, for one, sets two of them and starts a single process.
-
-    Raises:
-        TlearnError: which are set and which are missing.
-    """
-    missing = [name for name in RENDEZVOUS if not environment.get(name)]
-    if len(missing) == len(RENDEZVOUS):
-        return
-    if missing:
-        present = [name for name in RENDEZVOUS if name not in missing]
-        raise TlearnError(
-            f"the environment has {', '.join(present)} but not {', '.join(missing)}: a launcher set it up by half, and "
-            "this process would train alone. Use --nproc N, torchrun, or accelerate launch with a file of launch/; "
-            f"or unset {', '.join(present)}"
-        )
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if not environment[name].isdecimal():
-            raise TlearnError(f"the environment has {name}={environment[name]}, which is no number")
-    if int(environment["RANK"]) >= int(environment["WORLD_SIZE"]):
-        rank, world_size = environment["RANK"], environment["WORLD_SIZE"]
-        raise TlearnError(f"the environment has RANK={rank} of WORLD_SIZE={world_size}; ranks count from 0")
 
 
 def cuda_has_bf16() -> bool:

@@ -1,0 +1,90 @@
+"""How the processes of a run find each other: one reader of the environment, whoever started them.
+
+torchrun, accelerate and `--nproc` set the variables of RENDEZVOUS. srun sets its own, from which they follow.
+This module imports no torch: it has to be read before torch is, which looks at OMP_NUM_THREADS once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from tlearn.errors import TlearnError
+
+RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables by which processes find each other; torchrun, accelerate and `--nproc` set all of them."""
+
+_FIRST_PORT, _PORTS = 12_000, 8_000
+"""Below the ports that the kernel gives out (from 32768 on), any of which may be taken."""
+
+
+def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a task that srun started has to add to its environment; nothing elsewhere, or where a launcher was first.
+
+    Rank 0 is on the first node of the step. The port follows from job and step, so that all tasks agree on it.
+
+    Raises:
+        TlearnError: variables that contradict each other.
+    """
+    # the batch script and an interactive shell have SLURM_NTASKS too, but are no task of a step
+    if "SLURM_STEP_ID" not in environment or any(environment.get(name) for name in RENDEZVOUS):
+        return {}
+    try:
+        rank, world_size = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
+        node, local_rank = int(environment["SLURM_NODEID"]), environment["SLURM_LOCALID"]
+        nodes = environment["SLURM_STEP_NODELIST"]
+        here = _tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])[node]
+        port = _FIRST_PORT + (int(environment["SLURM_JOB_ID"]) * 31 + int(environment["SLURM_STEP_ID"])) % _PORTS
+    except (KeyError, ValueError, IndexError) as error:
+        raise TlearnError(
+            f"the environment of this Slurm step cannot be read ({error!r}); start tasks with srun"
+        ) from None
+    if world_size == 1:
+        return {}
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": local_rank,
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(here),
+        "MASTER_ADDR": first_host(nodes),
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS") or environment.get("SLURM_CPUS_PER_TASK") or "1",
+    }
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a Slurm host list: `gpu[07-09,12],login` -> `gpu07`."""
+    first = re.split(r",(?![^\[]*\])", nodes)[0]
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """`2(x3),1` -> [2, 2, 2, 1]."""
+    parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")]
+    return [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))]
+
+
+def check_rendezvous(environment: Mapping[str, str]) -> None:
+    """Raise where only some of the variables are set by which processes find each other.
+
+    `accelerate launch --cpu --num_processes 2`, for one, sets two of them and starts a single process.
+
+    Raises:
+        TlearnError: which are set and which are missing.
+    """
+    missing = [name for name in RENDEZVOUS if not environment.get(name)]
+    if len(missing) == len(RENDEZVOUS):
+        return
+    if missing:
+        present = [name for name in RENDEZVOUS if name not in missing]
+        raise TlearnError(
+            f"the environment has {', '.join(present)} but not {', '.join(missing)}: a launcher set it up by half, and "
+            "this process would train alone. Use --nproc N, torchrun, or accelerate launch with a file of launch/; "
+            f"or unset {', '.join(present)}"
+        )
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not environment[name].isdecimal():
+            raise TlearnError(f"the environment has {name}={environment[name]}, which is no number")
+    if int(environment["RANK"]) >= int(environment["WORLD_SIZE"]):
+        rank, world_size = environment["RANK"], environment["WORLD_SIZE"]
+        raise TlearnError(f"the environment has RANK={rank} of WORLD_SIZE={world_size}; ranks count from 0")
