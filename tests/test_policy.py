@@ -30,6 +30,7 @@ def rows_of_the_architecture() -> list[set[str]]:
 ROWS = rows_of_the_architecture()
 WITHIN_A_ROW = {
     ("configfile", "config"),
+    ("profile", "config"),
     ("models", "data"),
 }
 """What a module may import from its own row."""

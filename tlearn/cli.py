@@ -185,6 +185,63 @@ def doctor(nproc: NprocOption = None, as_json: JsonFlag = False) -> None:
 
 
 @app.command()
+def submit(
+    config: Annotated[list[str] | None, typer.Argument(help="[CONFIG.yaml] [a.b=c ...]", show_default=False)] = None,
+    profile: Annotated[Path | None, typer.Option(help="The job: slurm/*.yaml. Default: one process, an hour.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder, on a disk that all nodes see.")] = None,
+    after: Annotated[str | None, typer.Option(help="Id of a job that has to end well before.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A short run on small images.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sbatch file; submit nothing.")] = False,
+) -> None:
+    """Train on a Slurm cluster: a job that is queued again until the run is done. Prints its id."""
+    from tlearn.configfile import load_config
+    from tlearn.profile import Profile, load_profile
+    from tlearn.submit import new_run, sbatch_text
+    from tlearn.submit import submit as send
+
+    file, overrides = _split_arguments(config or [])
+    if file is None and not overrides and run is not None and (run / "config.yaml").is_file():
+        file = run / "config.yaml"  # goes on
+    parsed = load_config(file, overrides, quick=quick)
+    job = load_profile(profile) if profile is not None else Profile()
+    place = run or new_run(parsed)
+    typer.echo(sbatch_text(parsed, job, place, after) if dry_run else send(parsed, job, place, after))
+
+
+@app.command()
+def status(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: JsonFlag = False) -> None:
+    """Where a run is, in Slurm and in its folder."""
+    from tlearn.jobs import status as look
+
+    report = look(run)
+    if as_json:
+        _print_json(report)
+    else:
+        typer.echo("\n".join(f"{key:14s} {value}" for key, value in report.items()))
+
+
+@app.command()
+def logs(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    rank: Annotated[int, typer.Option(min=0, help="Of which process.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job is over.")] = False,
+) -> None:
+    """What a process of a submitted run has printed."""
+    from tlearn.jobs import logs as read
+
+    for text in read(run, rank, follow=follow):
+        typer.echo(text, nl=False)
+
+
+@app.command()
+def cancel(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """End the Slurm job of a run, which saves first; `tlearn submit --run RUN` goes on."""
+    from tlearn.jobs import cancel as end
+
+    typer.echo(f"job {end(run)} is cancelled; go on with: tlearn submit --run {run}")
+
+
+@app.command()
 def drill(
     config: Annotated[list[str] | None, typer.Argument(help="[CONFIG.yaml] [a.b=c ...]", show_default=False)] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes of the run.")] = 1,

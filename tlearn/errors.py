@@ -29,6 +29,11 @@ class StoppedBySignalError(BaseException):
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
+    def __init__(self, message: str, signal: str | None = None) -> None:
+        super().__init__(message)
+        self.signal = signal
+        """Its name; None: another process got it."""
+
 
 EXPECTED = (TlearnError, DivergedError, RankFailedError, StoppedBySignalError)
 """These end the program with their message and their `exit_code`, without a traceback."""

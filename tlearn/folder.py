@@ -76,7 +76,8 @@ class RunFolder:
         """
         found = None
         if not self.config.exists():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            # what `tlearn submit` put there is no run yet
+            if self.path.exists() and (not self.path.is_dir() or any(p.name != "slurm" for p in self.path.iterdir())):
                 raise TlearnError(f"{self.path}: is not empty and holds no run; choose another --run")
         elif resume == "never":
             raise TlearnError(f"{self.path}: holds a run; choose another --run, or --resume auto to go on with it")

@@ -112,7 +112,7 @@ def _stopped_in(place: RunFolder) -> Iterator[None]:
         yield
     except StoppedBySignalError as stopped:
         raise StoppedBySignalError(
-            f"{stopped}, everything is saved; go on with: tlearn train --run {place.path}"
+            f"{stopped}, everything is saved; go on with: tlearn train --run {place.path}", stopped.signal
         ) from None
 
 

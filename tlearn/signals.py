@@ -37,7 +37,8 @@ def stop(number: int, frame: FrameType | None) -> None:
         StoppedBySignalError: always.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the tidying up
-    raise StoppedBySignalError(f"stopped by {signal.Signals(number).name}; start the same command again to go on")
+    name = signal.Signals(number).name
+    raise StoppedBySignalError(f"stopped by {name}; start the same command again to go on", name)
 
 
 class StopFlag:
@@ -57,7 +58,7 @@ class StopFlag:
 
     def error(self) -> StoppedBySignalError:
         """What to raise once all processes know of it."""
-        return StoppedBySignalError(f"stopped by {self.signal or 'a signal to another process'}")
+        return StoppedBySignalError(f"stopped by {self.signal or 'a signal to another process'}", self.signal)
 
     def set(self, number: int, frame: FrameType | None) -> None:
         """The handler: no collective and no file access in here, only the flag."""

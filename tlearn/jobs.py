@@ -1,0 +1,130 @@
+"""`tlearn status | logs | cancel`: a submitted run as Slurm and its folder show it. Needs no accounting database."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tlearn.errors import TlearnError
+
+Row = dict[str, Any]
+
+_OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
+_TAIL_BYTES = 100_000
+
+
+def status(run: Path) -> Row:
+    """What is known of a run: `job` and `state` in Slurm, and what its folder says; keys that are unknown are absent.
+
+    Raises:
+        TlearnError: nothing was submitted or trained there.
+    """
+    job = last_job(run)
+    rows = _last_rows(run / "metrics.jsonl")
+    if job is None and not rows:
+        raise TlearnError(f"{run}: holds no run; submit one with tlearn submit --run {run}")
+    report: Row = {"run": str(run)}
+    if job is not None:
+        report |= {"job": job, "state": slurm_state(job)}
+        starts = _starts(run)
+        report |= {"restarts": max(len(starts) - 1, 0)}
+        if starts:
+            report |= {"nodes": starts[-1]["nodes"], "processes": starts[-1]["tasks"]}
+    steps = [row for row in rows if row["kind"] == "step"]
+    epochs = [row for row in rows if row["kind"] == "epoch"]
+    if steps:
+        report |= {key: steps[-1][key] for key in ("stage", "epoch", "step", "train/loss", "images_per_s")}
+    if epochs:
+        report |= {key: value for key, value in epochs[-1].items() if key.startswith("val/")}
+    saved = sorted((run / "checkpoints").glob("step-*"), key=lambda path: path.stat().st_mtime)
+    if saved:
+        report["checkpoint"] = f"{saved[-1].name}, {time.time() - saved[-1].stat().st_mtime:.0f} s old"
+    report["finished"] = (run / "result.json").is_file()
+    return report
+
+
+def logs(run: Path, rank: int, *, follow: bool) -> Iterator[str]:
+    """What a rank of the last job printed; with `follow` also what it prints until the job is over.
+
+    Raises:
+        TlearnError: nothing was submitted there, or there is no such rank.
+    """
+    job = _submitted(run)
+    path = run / "slurm" / f"{job}_{rank}_log.err"
+    while follow and not path.exists() and slurm_state(job) not in (*_OVER, "unknown"):
+        time.sleep(1)
+    if not path.exists():
+        state = slurm_state(job)
+        raise TlearnError(f"{path}: not there; job {job} is {state}, or has no rank {rank}")
+    with path.open(encoding="utf-8", errors="backslashreplace") as file:
+        while True:
+            over = not follow or slurm_state(job) in (*_OVER, "unknown")
+            while text := file.read(_TAIL_BYTES):
+                yield text
+            if over:
+                return
+            time.sleep(1)
+
+
+def cancel(run: Path) -> str:
+    """End the job of a run, which saves first; returns its id.
+
+    Raises:
+        TlearnError: nothing was submitted there, or what Slurm says.
+    """
+    job = _submitted(run)
+    done = _slurm("scancel", job)
+    if done is None or done.returncode:
+        raise TlearnError(
+            f"job {job}: not cancelled: {done.stderr.strip() if done else 'scancel is not installed here'}"
+        )
+    return job
+
+
+def last_job(run: Path) -> str | None:
+    """Id of the job that was submitted last."""
+    files = sorted((run / "slurm").glob("*_submission.sh"), key=lambda path: path.stat().st_mtime)
+    ids = [path.name.partition("_")[0] for path in files]
+    return next((job for job in reversed(ids) if job.isdecimal()), None)
+
+
+def slurm_state(job: str) -> str:
+    """PENDING, RUNNING, COMPLETED, ...; `unknown` where Slurm is not installed or has forgotten the job."""
+    done = _slurm("scontrol", "--oneliner", "show", "job", job)
+    words = done.stdout.split() if done and done.returncode == 0 else []
+    fields = dict(word.split("=", 1) for word in words if "=" in word)
+    return fields.get("JobState", "unknown")
+
+
+def _submitted(run: Path) -> str:
+    job = last_job(run)
+    if job is None:
+        raise TlearnError(f"{run}: no job was submitted here; tlearn submit --run {run} does it")
+    return job
+
+
+def _slurm(*command: str) -> subprocess.CompletedProcess[str] | None:
+    if shutil.which(command[0]) is None:
+        return None
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def _starts(run: Path) -> list[Row]:
+    path = run / "slurm" / "jobs.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _last_rows(path: Path) -> list[Row]:
+    """Whole rows at the end of a file that may be long and in the middle of being written."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        start = max(0, path.stat().st_size - _TAIL_BYTES)
+        file.seek(start)
+        lines = file.read().split(b"\n")[bool(start) : -1]
+    return [json.loads(line) for line in lines]
