@@ -737,8 +737,8 @@ def test_an_evaluation_does_not_wait_for_a_write(
     from tlearn.data.source import open_source
     from tlearn.data.transforms import Preprocessing
 
-    go_on = threading.Event()
-    monkeypatch.setattr(checkpoint, "save", lambda *_: go_on.wait(20))
+    go_on, written = threading.Event(), threading.Event()
+    monkeypatch.setattr(checkpoint, "save", lambda *_: (go_on.wait(5), written.set()))
     p = Preprocessing(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     source = open_source(tiny(f"data.workers={workers}"))
     loader = source.eval_loader("val", p, Share(32), torch.device("cpu"), torch.float32)
@@ -748,7 +748,7 @@ def test_an_evaluation_does_not_wait_for_a_write(
                 subject.save({}, {}, Progress())
             with loader.steps(0, loader.steps_per_epoch) as steps:
                 assert sum(len(batch.labels) for step in steps for batch in step) == 120
-        assert not go_on.is_set()
+        assert not written.is_set()
         go_on.set()
 
 

@@ -243,6 +243,9 @@ def test_a_job_that_is_told_to_save_is_queued_again_and_ends_as_if_nothing_had_h
     done = submit(cluster, str(recipe), *RECIPE, "save_every.steps=5", "--profile", profile, "--run", str(run))
     assert done.returncode == 0, done.stderr
     job = done.stdout.strip()
+    again = submit(cluster, "--profile", profile, "--run", str(run))  # it would take the code from under the first
+    assert (again.returncode, again.stdout) == (2, "")
+    assert f"job {job} is not over; tlearn cancel" in again.stderr
     recipe.write_text("data: {path: elsewhere}\n")  # later edits do not matter
     with (run / "slurm" / "code" / "tlearn" / "__init__.py").open("a") as file:
         file.write("\nimport sys; print('as it was submitted', file=sys.stderr)\n")

@@ -195,16 +195,18 @@ def submit(
 ) -> None:
     """Train on a Slurm cluster: a job that is queued again until the run is done. Prints its id."""
     from tlearn.configfile import load_config
+    from tlearn.files import new_run
     from tlearn.profile import Profile, load_profile
-    from tlearn.submit import new_run, sbatch_text
+    from tlearn.submit import sbatch_text
     from tlearn.submit import submit as send
 
     file, overrides = _split_arguments(config or [])
-    if file is None and not overrides and run is not None and (run / "config.yaml").is_file():
-        file = run / "config.yaml"  # goes on
+    if file is None and not overrides and run is not None:  # goes on, or begins what was cancelled before it began
+        recorded = (run / "config.yaml", run / "slurm" / "config.yaml")
+        file = next((path for path in recorded if path.is_file()), None)
     parsed = load_config(file, overrides, quick=quick)
     job = load_profile(profile) if profile is not None else Profile()
-    place = run or new_run(parsed)
+    place = run or new_run(parsed.strategy)
     typer.echo(sbatch_text(parsed, job, place, after) if dry_run else send(parsed, job, place, after))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ def replace(temporary: Path, path: Path) -> None:
     fsync(temporary)
     temporary.rename(path)
     fsync(path.parent)
+
+
+def new_run(name: str) -> Path:
+    """`runs/<time>-<name>`, a folder that does not exist yet."""
+    stem = time.strftime(f"%Y%m%d-%H%M%S-{name}")
+    candidates = (Path("runs") / (stem if i == 0 else f"{stem}-{i}") for i in range(10**6))
+    return next(path for path in candidates if not path.exists())
 
 
 def sha256(path: Path) -> str:

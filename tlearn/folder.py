@@ -22,7 +22,7 @@ from tlearn.checkpoint import Progress
 from tlearn.config import Config
 from tlearn.configfile import differing_keys, dump_config, load_config
 from tlearn.errors import TlearnError
-from tlearn.files import write_json, write_text
+from tlearn.files import new_run, write_json, write_text
 from tlearn.models.backbones import full_name
 from tlearn.models.build import Card, Model
 
@@ -60,7 +60,7 @@ class RunFolder:
     @classmethod
     def named(cls, path: str | Path | None, config: Config) -> RunFolder:
         """The folder a user named, or a new one."""
-        return cls(Path(path) if path is not None else new_path(config))
+        return cls(Path(path) if path is not None else new_run(config.strategy))
 
     def precision_of(self, config: Config) -> str:
         """What the config asks for; `auto` is what the run in this folder began with, wherever it goes on."""
@@ -202,10 +202,3 @@ def _is_safe(difference: str, began: Config, config: Config, progress: Progress)
         longer = new[progress.stage].epochs > old[progress.stage].epochs
         return option != "epochs" or longer or progress.stage_step == 0
     return int(number) >= progress.stage
-
-
-def new_path(config: Config) -> Path:
-    """`runs/<time>-<strategy>`, a folder that does not exist yet."""
-    stem = time.strftime(f"%Y%m%d-%H%M%S-{config.strategy}")
-    candidates = (Path("runs") / (stem if i == 0 else f"{stem}-{i}") for i in range(10**6))
-    return next(path for path in candidates if not path.exists())

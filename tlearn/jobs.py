@@ -14,7 +14,8 @@ from tlearn.errors import TlearnError
 
 Row = dict[str, Any]
 
-_OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
+OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
+"""States of jobs that do not come back."""
 _TAIL_BYTES = 100_000
 
 
@@ -56,14 +57,14 @@ def logs(run: Path, rank: int, *, follow: bool) -> Iterator[str]:
     """
     job = _submitted(run)
     path = run / "slurm" / f"{job}_{rank}_log.err"
-    while follow and not path.exists() and slurm_state(job) not in (*_OVER, "unknown"):
+    while follow and not path.exists() and slurm_state(job) not in (*OVER, "unknown"):
         time.sleep(1)
     if not path.exists():
         state = slurm_state(job)
         raise TlearnError(f"{path}: not there; job {job} is {state}, or has no rank {rank}")
     with path.open(encoding="utf-8", errors="backslashreplace") as file:
         while True:
-            over = not follow or slurm_state(job) in (*_OVER, "unknown")
+            over = not follow or slurm_state(job) in (*OVER, "unknown")
             while text := file.read(_TAIL_BYTES):
                 yield text
             if over:

@@ -27,6 +27,7 @@ from tlearn.config import Config
 from tlearn.configfile import dump_config, load_config
 from tlearn.errors import StoppedBySignalError, TlearnError
 from tlearn.files import write_text
+from tlearn.jobs import OVER, last_job, slurm_state
 from tlearn.profile import Profile
 from tlearn.rendezvous import from_slurm
 from tlearn.signals import handled_by, stop
@@ -62,10 +63,13 @@ def submit(config: Config, profile: Profile, run: Path, after: str | None = None
         The job's id.
 
     Raises:
-        TlearnError: no Slurm here, or what Slurm says of the request.
+        TlearnError: no Slurm here, a job of this run that is not over, or what Slurm says of the request.
     """
     if shutil.which("sbatch") is None:
         raise TlearnError("sbatch is not installed here; submit on the cluster's login node, or look with --dry-run")
+    earlier = last_job(run)
+    if earlier is not None and slurm_state(earlier) not in (*OVER, "unknown"):
+        raise TlearnError(f"{run}: job {earlier} is not over; tlearn cancel {run} ends it, or choose another --run")
     place = run / FOLDER
     place.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(place / "code", ignore_errors=True)
@@ -83,11 +87,6 @@ def submit(config: Config, profile: Profile, run: Path, after: str | None = None
         ) from None
     job_id: str = job.job_id
     return job_id
-
-
-def new_run(config: Config) -> Path:
-    """`runs/<time>-<strategy>`."""
-    return Path("runs") / time.strftime(f"%Y%m%d-%H%M%S-{config.strategy}")
 
 
 def _executor(config: Config, profile: Profile, run: Path, after: str | None) -> SlurmExecutor:
