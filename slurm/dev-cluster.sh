@@ -2,7 +2,8 @@
 # A Slurm cluster on this one machine, for development and tests: three nodes of four CPUs (claimed, not real) and two
 # fake GPUs each, a partition `cpu`, and a partition `high` whose jobs preempt those of `cpu`.
 #
-#   slurm/dev-cluster.sh up        start it; prints the export line that a shell needs:  eval "$(slurm/dev-cluster.sh up)"
+#   slurm/dev-cluster.sh up        start it, or what of it has died; prints the export line that a shell needs:
+#                                  eval "$(slurm/dev-cluster.sh up)"
 #   slurm/dev-cluster.sh status    daemons and nodes
 #   slurm/dev-cluster.sh down      cancel its jobs and stop it
 #
@@ -89,7 +90,8 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMo
 CONF
 }
 
-idle() { [ "$(sinfo --noheader --Node --format %T 2>/dev/null | sort -u)" = idle ]; }
+# every node answers: neither down, nor unknown, nor not responding (*)
+all_answer() { ! sinfo --noheader --Node --format %T 2>&1 | grep -q 'down\|unknown\|\*\|error'; }
 
 up() {
   local program i
@@ -107,10 +109,10 @@ up() {
     for ((i = 0; i < 200; i++)); do [ -S "$dir/munge/sock" ] && break; sleep 0.05; done
     [ -S "$dir/munge/sock" ] || die "munged did not start; see $dir/log/munged.out"
     start slurmctld slurmctld -D
-    for i in $nodes; do start "slurmd-$i" slurmd -D -N "$i"; done
-    for ((i = 0; i < 600; i++)); do idle && break; sleep 0.05; done
-    idle || die "the nodes are not idle after 30 s; see $dir/log"
   fi
+  for i in $nodes; do running "slurmd-$i" || start "slurmd-$i" slurmd -D -N "$i"; done
+  for ((i = 0; i < 600; i++)); do all_answer && break; sleep 0.05; done
+  all_answer || die "nodes are down after 30 s; see $dir/log and sinfo"
   echo "export SLURM_CONF=$SLURM_CONF"
 }
 

@@ -577,14 +577,20 @@ def test_doctor_shows_every_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         ({"cores": 1, "threads": 1}, "start 1 at most"),
         ({"shared_memory_mib": 64}, "--shm-size"),
         ({"devices_here": 4}, "--nproc"),
+        ({"devices_here": 2, "environment": {"CUDA_VISIBLE_DEVICES": "1"}}, "share a device"),
+        ({"sees_folder": False, "free_gib": None}, "has to be on a shared disk"),
+        ({"sees_folder": True, "free_gib": 0.5}, "0.5 GiB free at /runs"),
     ],
 )
 def test_doctor_says_what_is_wrong_and_how_to_mend_it(change: Row, advice: str) -> None:
     from tlearn.doctor import problems
 
-    rank: Row = {"host": "a", "device": "cpu", "devices_here": 0, "cores": 4, "threads": 2, "shared_memory_mib": 9999}
-    healthy = {"world_size": 2, "all_reduce": {"sum": 3.0, "expected": 3.0}, "ranks": [rank, rank]}
+    rank: Row = {"rank": 0, "host": "a", "device": "cpu", "devices_here": 0, "cores": 4, "threads": 2}
+    rank |= {"shared_memory_mib": 9999, "environment": {}}
+    healthy = {"world_size": 2, "all_reduce": {"sum": 3.0, "expected": 3.0}, "folder": "/runs", "ranks": [rank, rank]}
     assert problems(healthy) == []
+    narrowed = [{**rank, "devices_here": 1, "environment": {"CUDA_VISIBLE_DEVICES": i}} for i in "01"]
+    assert problems({**healthy, "ranks": narrowed}) == []  # --gpus-per-task: both call theirs cuda:0
     found = problems({**healthy, "ranks": [{**rank, **change}] * 2})
     assert any(advice in problem for problem in found)
     assert problems({**healthy, "all_reduce": {"sum": 2.0, "expected": 3.0}})[0].endswith("do not train like this")

@@ -20,7 +20,7 @@ import typer
 
 from tlearn import __version__
 from tlearn.errors import EXPECTED, TlearnError, refused
-from tlearn.rendezvous import from_slurm
+from tlearn.rendezvous import resolved
 from tlearn.signals import handled_by, stop
 
 app = typer.Typer(
@@ -95,12 +95,7 @@ def train(
     """Train and evaluate a classifier. Without CONFIG, --run RUN goes on with the run in RUN."""
     from tlearn.configfile import load_config
 
-    file, overrides = _split_arguments(config or [])
-    names_data = any(o.partition("=")[0] in ("data", "data.path") for o in overrides)
-    if file is None and not names_data and run is not None and (run / "config.yaml").is_file():
-        file = run / "config.yaml"
-    if file is None and not names_data and run is not None:
-        raise TlearnError(f"{run}: holds no run to go on with; to begin one, name its images: data.path=FOLDER")
+    file, overrides = _recipe(config, run)
     if run is None and resume is ResumeMode.must:
         raise TlearnError("--resume must: goes on with a run; name its folder: --run RUN")
     parsed = load_config(file, overrides, quick=quick)
@@ -164,11 +159,25 @@ def predict(
 
 
 @app.command()
-def doctor(nproc: NprocOption = None, as_json: JsonFlag = False) -> None:
+def doctor(
+    nproc: NprocOption = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="In a short Slurm job, on the disk of --run.")] = False,
+    profile: Annotated[Path | None, typer.Option(help="The shape of that job: slurm/*.yaml.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Folder on the disk that runs will use. Default: runs.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
     """Show what the processes of a run see, test that they reach each other, and say what is wrong."""
     from tlearn.console import print_result
 
-    report = _in_processes("tlearn.doctor:examine", nproc)
+    if slurm:
+        from tlearn.profile import Profile, load_profile
+        from tlearn.submit import examined
+
+        report = examined(load_profile(profile) if profile is not None else Profile(), run or Path("runs"))
+    else:
+        if profile is not None:
+            raise TlearnError("--profile: is for --slurm")
+        report = _in_processes("tlearn.doctor:examine", nproc, run)
     if int(os.environ.get("RANK") or 0) > 0:
         return
     if as_json:
@@ -187,27 +196,38 @@ def doctor(nproc: NprocOption = None, as_json: JsonFlag = False) -> None:
 @app.command()
 def submit(
     config: Annotated[list[str] | None, typer.Argument(help="[CONFIG.yaml] [a.b=c ...]", show_default=False)] = None,
-    profile: Annotated[Path | None, typer.Option(help="The job: slurm/*.yaml. Default: one process, an hour.")] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="The job: slurm/*.yaml. Default: the last of RUN; else 1 process."),
+    ] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder, on a disk that all nodes see.")] = None,
     after: Annotated[str | None, typer.Option(help="Id of a job that has to end well before.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A short run on small images.")] = False,
+    override: Annotated[
+        bool, typer.Option("--override", help="Go on with options that have changed, where that is safe.")
+    ] = False,
+    local: Annotated[bool, typer.Option("--local", help="The same job on this machine, without Slurm.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sbatch file; submit nothing.")] = False,
 ) -> None:
     """Train on a Slurm cluster: a job that is queued again until the run is done. Prints its id."""
+    if local and (dry_run or after is not None):
+        raise TlearnError(f"{'--dry-run' if dry_run else '--after'}: is for Slurm, and has no effect with --local")
     from tlearn.configfile import load_config
     from tlearn.files import new_run
     from tlearn.profile import Profile, load_profile
     from tlearn.submit import sbatch_text
     from tlearn.submit import submit as send
 
-    file, overrides = _split_arguments(config or [])
-    if file is None and not overrides and run is not None:  # goes on, or begins what was cancelled before it began
-        recorded = (run / "config.yaml", run / "slurm" / "config.yaml")
-        file = next((path for path in recorded if path.is_file()), None)
+    file, overrides = _recipe(config, run)
     parsed = load_config(file, overrides, quick=quick)
-    job = load_profile(profile) if profile is not None else Profile()
     place = run or new_run(parsed.strategy)
-    typer.echo(sbatch_text(parsed, job, place, after) if dry_run else send(parsed, job, place, after))
+    if profile is None and (place / "slurm" / "profile.yaml").is_file():
+        profile = place / "slurm" / "profile.yaml"
+    job = load_profile(profile) if profile is not None else Profile()
+    if dry_run:
+        typer.echo(sbatch_text(job, place, after))
+    else:
+        typer.echo(send(parsed, job, place, after=after, local=local, override=override))
 
 
 @app.command()
@@ -275,6 +295,18 @@ def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
     return Path(files[0]) if files else None, [a for a in arguments if a not in files]
 
 
+def _recipe(arguments: list[str] | None, run: Path | None) -> tuple[Path | None, list[str]]:
+    """Config file and options; without either a file or images those of the run that goes on."""
+    file, overrides = _split_arguments(arguments or [])
+    if file is not None or run is None or any(o.partition("=")[0] in ("data", "data.path") for o in overrides):
+        return file, overrides
+    # what was submitted but has not begun is recorded in `slurm` only
+    for recorded in (run / "config.yaml", run / "slurm" / "config.yaml"):
+        if recorded.is_file():
+            return recorded, overrides
+    raise TlearnError(f"{run}: holds no run to go on with; to begin one, name its images: data.path=FOLDER")
+
+
 def _in_processes(function: str, nproc: int | None, *arguments: Any) -> Any:
     """What `module:function` returns here, or on rank 0 of `nproc` processes."""
     launched = os.environ.get("WORLD_SIZE")
@@ -311,7 +343,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        os.environ.update(from_slurm(os.environ))
+        os.environ.update(resolved(os.environ))
         with handled_by(stop):
             app()
     except EXPECTED as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from rich.table import Table
 
 from tlearn.data.workers import available_cores
+from tlearn.errors import TlearnError
 from tlearn.rendezvous import RENDEZVOUS
 from tlearn.runtime import Runtime
 
@@ -21,20 +23,27 @@ Report = dict[str, Any]
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _SETTINGS = (*RENDEZVOUS, "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", *_INTERFACES)
 _SHM_NEEDED_MIB = 256
+_DISK_NEEDED_GIB = 2
 
 
-def examine() -> Report:
+def examine(folder: Path | None = None) -> Report:
     """Start as a run would, sum a number over all ranks, and gather what every rank sees; the same on every rank.
+
+    Args:
+        folder: where runs shall lie; it has to be the same one for all ranks.
 
     Raises:
         TlearnError: processes that do not find each other.
     """
     runtime = Runtime()
+    token = runtime.on_main(lambda: _left_in(folder)) if folder is not None else None
     start = time.perf_counter()
     total = float(runtime.sum(torch.tensor(float(runtime.rank + 1), device=runtime.device)))
     seconds = time.perf_counter() - start
     runtime.set_precision("fp32")
-    ranks: list[Report] = runtime.gather_lists([_about_this_rank(runtime)])
+    ranks: list[Report] = runtime.gather_lists([_about_this_rank(runtime) | _about_folder(folder, token)])
+    if folder is not None and token is not None:
+        runtime.on_main(lambda: (folder / token).unlink())
     expected = runtime.world_size * (runtime.world_size + 1) / 2
     report = {
         "world_size": runtime.world_size,
@@ -42,6 +51,7 @@ def examine() -> Report:
         "address": f"{os.environ.get('MASTER_ADDR', 'none')}:{os.environ.get('MASTER_PORT', 'none')}",
         "precision": [p for p in ("fp32", "bf16", "fp16", "fp64") if not runtime.unsupported(p)],
         "all_reduce": {"sum": total, "expected": expected, "ms": round(1000 * seconds, 2)},
+        "folder": str(folder.absolute()) if folder is not None else None,
         "ranks": ranks,
         "versions": runtime.environment()["versions"],
     }
@@ -63,6 +73,27 @@ def _about_this_rank(runtime: Runtime) -> Report:
     }
 
 
+def _left_in(folder: Path) -> str:
+    """The name of a new file, for the other ranks to look for."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".tlearn-doctor-", dir=folder)
+    except OSError as error:
+        raise TlearnError(f"{folder}: cannot be written to: {error.strerror}") from None
+    os.close(handle)
+    return Path(name).name
+
+
+def _about_folder(folder: Path | None, token: str | None) -> Report:
+    if folder is None or token is None:
+        return {}
+    shared = (
+        folder.is_dir() and folder / token in folder.iterdir()
+    )  # a listing: NFS remembers that a file was not there
+    free = round(shutil.disk_usage(folder).free / 2**30, 1) if folder.exists() else None
+    return {"sees_folder": shared, "free_gib": free}
+
+
 def problems(report: Report) -> list[str]:
     """What is wrong with the processes of a run, and how to mend it."""
     found = []
@@ -72,7 +103,16 @@ def problems(report: Report) -> list[str]:
     by_host: dict[str, list[Report]] = {}
     for rank in report["ranks"]:
         by_host.setdefault(rank["host"], []).append(rank)
+    for rank in report["ranks"]:
+        where = f"{rank['host']} (rank {rank['rank']})"
+        if not rank.get("sees_folder", True):
+            found.append(f"{where}: does not see rank 0's file in {report['folder']}; --run has to be on a shared disk")
+        elif rank.get("free_gib", _DISK_NEEDED_GIB) < _DISK_NEEDED_GIB:
+            found.append(f"{where}: {rank['free_gib']} GiB free at {report['folder']}; checkpoints need more")
     for host, ranks in by_host.items():
+        used = [rank["environment"].get("CUDA_VISIBLE_DEVICES", "") + rank["device"] for rank in ranks]
+        if ranks[0]["devices_here"] and len(set(used)) < len(used):
+            found.append(f"{host}: two processes share a device; ask for one per process (gpus_per_node)")
         if ranks[0]["devices_here"] > len(ranks):
             found.append(f"{host}: {ranks[0]['devices_here']} devices, {len(ranks)} processes; --nproc N uses N")
         threads, cores = sum(rank["threads"] for rank in ranks), ranks[0]["cores"]
@@ -96,7 +136,9 @@ def report_table(report: Report) -> Table:
         f"world size {report['world_size']}, backend {report['backend']}, rank 0 at {report['address']}, "
         f"all-reduce {reduced['sum']:g} (expected {reduced['expected']:g}) in {reduced['ms']} ms"
     )
-    columns = ("rank", "host", "process", "device", "cores", "threads", "shared_memory_mib")
+    columns = ["rank", "host", "process", "device", "cores", "threads", "shared_memory_mib"]
+    if report["folder"] is not None:
+        columns += ["sees_folder", "free_gib"]
     table = Table(*columns, title=title, title_justify="left")
     for rank in report["ranks"]:
         table.add_row(*(str(rank[name]) for name in columns))

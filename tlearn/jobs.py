@@ -1,21 +1,34 @@
-"""`tlearn status | logs | cancel`: a submitted run as Slurm and its folder show it. Needs no accounting database."""
+"""`tlearn status | logs | cancel`: a submitted run as Slurm and its folder show it. Needs no accounting database.
+
+RUN/slurm/config.yaml, profile.yaml   as they were submitted
+          code/tlearn/                the code as it was submitted
+          jobs.jsonl                  one line per start: job, restart, nodes, step
+          JOB_*                       submitit's: the sbatch file, what every rank printed
+          JOB_RESTART_failure.txt     which rank failed first, and its error
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tlearn.errors import TlearnError
+from tlearn.rendezvous import job_id
 
 Row = dict[str, Any]
 
-OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
-"""States of jobs that do not come back."""
+FOLDER = "slurm"
+"""Inside the run folder."""
+
+_OVER = ("OVER", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
+"""States of jobs that do not come back; OVER: a local one."""
 _TAIL_BYTES = 100_000
 
 
@@ -31,8 +44,8 @@ def status(run: Path) -> Row:
         raise TlearnError(f"{run}: holds no run; submit one with tlearn submit --run {run}")
     report: Row = {"run": str(run)}
     if job is not None:
-        report |= {"job": job, "state": slurm_state(job)}
-        starts = _starts(run)
+        report |= {"job": job, "state": state(run, job)}
+        starts = read_starts(run)
         report |= {"restarts": max(len(starts) - 1, 0)}
         if starts:
             report |= {"nodes": starts[-1]["nodes"], "processes": starts[-1]["tasks"]}
@@ -46,6 +59,16 @@ def status(run: Path) -> Row:
     if saved:
         report["checkpoint"] = f"{saved[-1].name}, {time.time() - saved[-1].stat().st_mtime:.0f} s old"
     report["finished"] = (run / "result.json").is_file()
+    if job is not None and report["state"] in _OVER and not report["finished"]:
+        failures = sorted((run / FOLDER).glob(f"{job}_*_failure.txt"), key=lambda path: path.stat().st_mtime)
+        if failures:
+            lines = failures[-1].read_text(encoding="utf-8").splitlines()
+            report["failure"] = f"{lines[0]} {lines[-1]}"
+        elif report["state"] == "FAILED":
+            code = slurm_fields(job).get("ExitCode", "unknown")
+            killed = ", killed (for want of memory?)" if code.startswith("137:") else ""
+            report["failure"] = f"exit code {code}{killed}; see tlearn logs {run}"
+        report["go on with"] = f"tlearn submit --run {run}"
     return report
 
 
@@ -56,15 +79,14 @@ def logs(run: Path, rank: int, *, follow: bool) -> Iterator[str]:
         TlearnError: nothing was submitted there, or there is no such rank.
     """
     job = _submitted(run)
-    path = run / "slurm" / f"{job}_{rank}_log.err"
-    while follow and not path.exists() and slurm_state(job) not in (*OVER, "unknown"):
+    path = run / FOLDER / f"{job}_{rank}_log.err"
+    while follow and not path.exists() and is_active(run, job):
         time.sleep(1)
     if not path.exists():
-        state = slurm_state(job)
-        raise TlearnError(f"{path}: not there; job {job} is {state}, or has no rank {rank}")
+        raise TlearnError(f"{path}: not there; job {job} is {state(run, job)}, or has no rank {rank}")
     with path.open(encoding="utf-8", errors="backslashreplace") as file:
         while True:
-            over = not follow or slurm_state(job) in (*OVER, "unknown")
+            over = not follow or not is_active(run, job)
             while text := file.read(_TAIL_BYTES):
                 yield text
             if over:
@@ -79,6 +101,10 @@ def cancel(run: Path) -> str:
         TlearnError: nothing was submitted there, or what Slurm says.
     """
     job = _submitted(run)
+    if _is_local(run, job):
+        if state(run, job) == "RUNNING":
+            os.kill(int(job), signal.SIGTERM)
+        return job
     done = _slurm("scancel", job)
     if done is None or done.returncode:
         raise TlearnError(
@@ -89,17 +115,43 @@ def cancel(run: Path) -> str:
 
 def last_job(run: Path) -> str | None:
     """Id of the job that was submitted last."""
-    files = sorted((run / "slurm").glob("*_submission.sh"), key=lambda path: path.stat().st_mtime)
+    files = sorted((run / FOLDER).glob("*_submitted.pkl"), key=lambda path: path.stat().st_mtime)
     ids = [path.name.partition("_")[0] for path in files]
     return next((job for job in reversed(ids) if job.isdecimal()), None)
 
 
-def slurm_state(job: str) -> str:
-    """PENDING, RUNNING, COMPLETED, ...; `unknown` where Slurm is not installed or has forgotten the job."""
+def state(run: Path, job: str) -> str:
+    """PENDING, RUNNING, COMPLETED, ... of Slurm; RUNNING or OVER of a local job.
+
+    `unknown` where Slurm is not installed or has forgotten the job.
+    """
+    if not _is_local(run, job):
+        return slurm_fields(job).get("JobState", "unknown")
+    try:  # the id may be another process's by now
+        return "RUNNING" if str(run.absolute()) in Path(f"/proc/{job}/cmdline").read_text() else "OVER"
+    except OSError:
+        return "OVER" if Path("/proc/self").exists() else "unknown"
+
+
+def is_active(run: Path, job: str) -> bool:
+    """Whether it waits or runs."""
+    return state(run, job) not in (*_OVER, "unknown")
+
+
+def slurm_fields(job: str) -> dict[str, str]:
+    """What `scontrol show job` says: JobState, Reason, PreemptTime, ...; empty where it says nothing."""
     done = _slurm("scontrol", "--oneliner", "show", "job", job)
     words = done.stdout.split() if done and done.returncode == 0 else []
-    fields = dict(word.split("=", 1) for word in words if "=" in word)
-    return fields.get("JobState", "unknown")
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def failure_file(place: Path, environment: Mapping[str, str]) -> Path:
+    """Where the first rank to fail leaves its error, at this start of this job."""
+    return place / f"{job_id(environment)}_{environment.get('SLURM_RESTART_COUNT') or 0}_failure.txt"
+
+
+def _is_local(run: Path, job: str) -> bool:
+    return not (run / FOLDER / f"{job}_submission.sh").exists()
 
 
 def _submitted(run: Path) -> str:
@@ -115,8 +167,9 @@ def _slurm(*command: str) -> subprocess.CompletedProcess[str] | None:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def _starts(run: Path) -> list[Row]:
-    path = run / "slurm" / "jobs.jsonl"
+def read_starts(run: Path) -> list[Row]:
+    """A row per start: job, restart, nodes, tasks, step, time."""
+    path = run / FOLDER / "jobs.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 

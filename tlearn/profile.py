@@ -66,6 +66,11 @@ class Profile(Section):
         return (days * 24 + hours) * 60 + minutes + (seconds > 0)
 
 
+def dump_profile(profile: Profile) -> str:
+    """As YAML, without what was not said."""
+    return yaml.safe_dump(profile.model_dump(exclude_unset=True), sort_keys=False)
+
+
 def load_profile(path: Path) -> Profile:
     """Read a profile.
 

@@ -1,6 +1,7 @@
 """How the processes of a run find each other: one reader of the environment, whoever started them.
 
-torchrun, accelerate and `--nproc` set the variables of RENDEZVOUS. srun sets its own, from which they follow.
+torchrun, accelerate and `--nproc` set the variables of RENDEZVOUS. srun and submitit's local executor set their own,
+from which they follow.
 This module imports no torch: it has to be read before torch is, which looks at OMP_NUM_THREADS once.
 """
 
@@ -18,17 +19,46 @@ _FIRST_PORT, _PORTS = 12_000, 8_000
 """Below the ports that the kernel gives out (from 32768 on), any of which may be taken."""
 
 
-def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """What a task that srun started has to add to its environment; nothing elsewhere, or where a launcher was first.
-
-    Rank 0 is on the first node of the step. The port follows from job and step, so that all tasks agree on it.
+def resolved(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a task of srun or submitit has to add to its environment; nothing elsewhere, or where a launcher was first.
 
     Raises:
         TlearnError: variables that contradict each other.
     """
-    # the batch script and an interactive shell have SLURM_NTASKS too, but are no task of a step
-    if "SLURM_STEP_ID" not in environment or any(environment.get(name) for name in RENDEZVOUS):
+    if any(environment.get(name) for name in RENDEZVOUS):
         return {}
+    if is_local(environment):
+        return _from_submitit(environment)
+    # the batch script and an interactive shell have SLURM_NTASKS too, but are no task of a step
+    return _from_slurm(environment) if "SLURM_STEP_ID" in environment else {}
+
+
+def is_local(environment: Mapping[str, str]) -> bool:
+    """Whether this is a task of `tlearn submit --local`, perhaps inside of a Slurm job."""
+    return environment.get("SUBMITIT_EXECUTOR") == "local"
+
+
+def job_id(environment: Mapping[str, str]) -> str:
+    """Slurm's; of a local job the id of the process that started its tasks; empty outside of jobs."""
+    return environment.get("SUBMITIT_LOCAL_JOB_ID" if is_local(environment) else "SLURM_JOB_ID", "")
+
+
+def _from_submitit(environment: Mapping[str, str]) -> dict[str, str]:
+    rank, world_size = environment["SUBMITIT_LOCAL_GLOBALID"], environment["SUBMITIT_LOCAL_NTASKS"]
+    if world_size == "1":
+        return {}
+    return {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_FIRST_PORT + int(job_id(environment)) % _PORTS),
+    }
+
+
+def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    """Rank 0 is on the first node of the step. The port follows from job and step, so that all tasks agree on it."""
     try:
         rank, world_size = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
         node, local_rank = int(environment["SLURM_NODEID"]), environment["SLURM_LOCALID"]
@@ -39,8 +69,12 @@ def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
         raise TlearnError(
             f"the environment of this Slurm step cannot be read ({error!r}); start tasks with srun"
         ) from None
+    threads = environment.get("OMP_NUM_THREADS") or environment.get("SLURM_CPUS_PER_TASK")
     if world_size == 1:
-        return {}
+        return {"OMP_NUM_THREADS": threads} if threads else {}
+    seen = environment.get("CUDA_VISIBLE_DEVICES") or environment.get("ROCR_VISIBLE_DEVICES")
+    if seen and len(seen.split(",")) < int(environment.get("SLURM_GPUS_ON_NODE") or 0):
+        local_rank, here = "0", 1  # --gpus-per-task, --gpu-bind: every task sees its own devices only
     return {
         "RANK": str(rank),
         "LOCAL_RANK": local_rank,
@@ -48,7 +82,7 @@ def from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(here),
         "MASTER_ADDR": first_host(nodes),
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS") or environment.get("SLURM_CPUS_PER_TASK") or "1",
+        "OMP_NUM_THREADS": threads or "1",
     }
 
 

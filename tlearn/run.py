@@ -92,6 +92,8 @@ def train(
         show_stages(stages, plan, sizes)
 
         with run.tracker, run.saver, closing(run.val_loader), _stopped_in(place), handled_by(runtime.stop.set):
+            if progress.stage < len(stages):
+                run.tracker.log(runtime.start_row() | {"step": progress.step, "samples": progress.samples})
             optimizer_state = restored.optimizer if restored else {}
             for number, (stage, multipliers) in enumerate(zip(stages, plan, strict=True)):
                 if number >= progress.stage:

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import signal
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ from torch import nn
 
 from tlearn import console
 from tlearn.errors import TlearnError
-from tlearn.rendezvous import check_rendezvous, from_slurm
+from tlearn.rendezvous import check_rendezvous, job_id, resolved
 from tlearn.signals import StopFlag, handled_by
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ class Runtime:
     precision: str
 
     def __init__(self) -> None:
-        os.environ.update(from_slurm(os.environ))
+        os.environ.update(resolved(os.environ))
         check_rendezvous(os.environ)
         here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         if not use_cpu() and here > torch.accelerator.device_count():
@@ -198,6 +199,12 @@ class Runtime:
             "cpu_count": os.cpu_count(),
             "threads": torch.get_num_threads(),
         }
+
+    def start_row(self) -> dict[str, Any]:
+        """For metrics.jsonl: when, where and as which job this start of the run began."""
+        nodes = os.environ.get("SLURM_JOB_NODELIST") or platform.node()
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        return {"kind": "start", "processes": self.world_size, "nodes": nodes, "job": job_id(os.environ), "time": now}
 
 
 def leave() -> None:

@@ -79,7 +79,9 @@ class WandB:
         """Send the numbers of a row, rates as `lr/MULTIPLIER`."""
         flat = {key: value for key, value in row.items() if isinstance(value, int | float)}
         flat |= {f"lr/{name}": value for name, value in row.get("lr", {}).items()}
-        self._run.log(flat, step=row["step"])  # W&B leaves out what a resumed run sends again
+        # W&B leaves out what a resumed run sends again, but not the mark of the start
+        step = max(row["step"], self._run.step) if row["kind"] == "start" else row["step"]
+        self._run.log(flat, step=step)
 
     def close(self) -> None:
         """Finish the W&B run."""
