@@ -18,7 +18,8 @@ export PATH=$PATH:/usr/sbin
 
 die() { echo "dev-cluster: $*" >&2; exit 1; }
 
-running() { [ -f "$dir/$1.pid" ] && kill -0 "$(cat "$dir/$1.pid")" 2>/dev/null; }
+# whether a daemon of ours lives, and no stranger under its old process id
+running() { [ -f "$dir/$1.pid" ] && [ "$(cat "/proc/$(cat "$dir/$1.pid")/comm" 2>/dev/null)" = "${1%%-*}" ]; }
 
 start() { # name command...: in the background, without a terminal, its process id in NAME.pid
   local name=$1; shift
@@ -29,7 +30,7 @@ start() { # name command...: in the background, without a terminal, its process 
 configure() {
   local host port user gpus i
   host=$(hostname -s) user=$(id -un)
-  port=$((10000 + RANDOM % 20000))      # below the ephemeral ports
+  port=$((20000 + RANDOM % 12000))      # below the ephemeral ports, above those of training jobs
   for i in 0 1; do
     # the kernel's null device under another name; a plain user has no mknod and takes existing devices instead
     mknod "$dir/dev/nvidia$i" c 1 3 2>/dev/null || true
@@ -98,8 +99,8 @@ up() {
   for program in munged slurmctld slurmd sbatch; do
     command -v "$program" >/dev/null || die "$program is not installed: apt-get install slurm-wlm munge"
   done
-  if ! running slurmctld; then
-    rm -rf "$dir"
+  if ! running slurmctld || ! running munged; then
+    down
     mkdir -p "$dir"/{state,spool,log,munge,dev}
     chmod 755 "$dir"; chmod 711 "$dir/munge"    # munged insists on it
     dd if=/dev/urandom of="$dir/munge/key" bs=128 count=1 status=none; chmod 400 "$dir/munge/key"
@@ -118,6 +119,8 @@ up() {
 
 down() {
   local name pid i
+  [ -d "$dir" ] || return 0
+  [ -f "$dir/slurm.conf" ] || [ -z "$(ls -A "$dir")" ] || die "$dir holds something else; set TLEARN_SLURM_DIR"
   if running slurmctld; then
     scancel --user="$(id -un)" 2>/dev/null || true
     for ((i = 0; i < 200; i++)); do [ -z "$(squeue --noheader 2>/dev/null)" ] && break; sleep 0.1; done

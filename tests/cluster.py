@@ -1,4 +1,4 @@
-"""What tests do with the Slurm of conftest's fixture `cluster`, whose value is the environment of its clients."""
+"""What tests do with the Slurm of the fixture `cluster`, whose value is the environment of its clients."""
 
 from __future__ import annotations
 
@@ -70,7 +70,12 @@ def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
 
 def reached(run: Path, step: int) -> Callable[[], bool]:
     """Whether a checkpoint of this step or a later one is there."""
-    return lambda: any(int(path.name[5:13]) >= step for path in (run / "checkpoints").glob("step-????????"))
+    return lambda: any(int(path.name[5:13]) >= step for path in (run / "checkpoints").glob("step-*"))
+
+
+def last_code(folder: Path) -> Path:
+    """The copy of tlearn that the job which was submitted last runs."""
+    return max((folder / "slurm").glob("submission-*")) / "tlearn"
 
 
 def tasks(variable: str, value: str, python_only: bool = True) -> list[int]:
@@ -93,11 +98,13 @@ def frozen(job: str) -> Iterator[None]:
     assert ranks
     for rank in ranks:
         os.kill(rank, signal.SIGSTOP)
-    yield
-    wait_for(lambda: not any(_waits_for_sigusr2(rank) for rank in ranks))
-    for rank in ranks:
-        with suppress(ProcessLookupError):
-            os.kill(rank, signal.SIGCONT)
+    try:
+        yield
+        wait_for(lambda: not any(_waits_for_sigusr2(rank) for rank in ranks))
+    finally:
+        for rank in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGCONT)
 
 
 def _waits_for_sigusr2(process: int) -> bool:
@@ -113,7 +120,8 @@ def power_off(cluster: Cluster, node: str) -> None:
     """Kill a node: its daemon, what that started, and the tasks."""
     place = Path(cluster["SLURM_CONF"]).parent
     os.kill(int((place / f"slurmd-{node}.pid").read_text()), signal.SIGKILL)
-    for process in tasks("SLURMD_NODENAME", node, python_only=False):
+    ours = tasks("SLURM_CONF", cluster["SLURM_CONF"], python_only=False)  # another cluster may have such a node too
+    for process in set(ours) & set(tasks("SLURMD_NODENAME", node, python_only=False)):
         try:
             parent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]
             if Path(f"/proc/{parent}/comm").read_text().strip() == "slurmstepd":

@@ -48,7 +48,7 @@ PACKAGES = {
         "stream",
         "source",
     ),
-    "models": ("weights", "backbones", "build"),
+    "models": ("weights", "backbones", "build", "cut"),
 }
 """Modules of a package from the bottom up: each imports only those before it."""
 

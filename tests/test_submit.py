@@ -1,23 +1,30 @@
-"""Submitting without a Slurm: the environment of tasks, profiles, the sbatch file, what a folder says."""
+"""Submitting without a Slurm: the environment of tasks, profiles, the sbatch file, local jobs, what a folder says."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from cluster import write_profile
-from conftest import ROOT
+import torch
+from cluster import reached, submitted, tasks, tlearn, wait_for, write_profile
+from conftest import ROOT, TINY
+from test_distributed import EXACT, weights
 
 from tlearn import checkpoint, jobs
 from tlearn.checkpoint import Progress, State
+from tlearn.configfile import load_config
 from tlearn.errors import TlearnError
-from tlearn.profile import load_profile
+from tlearn.launch import run_ranks
+from tlearn.profile import Profile, load_profile
 from tlearn.rendezvous import RENDEZVOUS, first_host, resolved
-from tlearn.submit import sbatch_text
-from tlearn.task import note_start
+from tlearn.run import train
+from tlearn.submit import _outside_of_jobs, sbatch_text, submit
+from tlearn.task import _lost_a_peer, note_start
 
 STEP = {
     "SLURM_STEP_ID": "2",
@@ -110,7 +117,7 @@ def test_every_option_of_a_profile_reaches_the_file(tmp_path: Path) -> None:
         time="1-02:03:04",
         signal_delay_s=33,
         setup=["module load cuda"],
-        environment={"NCCL_SOCKET_IFNAME": "ib0"},
+        environment={"NCCL_SOCKET_IFNAME": "ib0", "ODD": "it's $HOME `id`; x"},
         container="apptainer exec image.sif",
         sbatch={"exclusive": True, "mail-type": "END"},
     )
@@ -121,9 +128,16 @@ def test_every_option_of_a_profile_reaches_the_file(tmp_path: Path) -> None:
         *("--mail-type=END", "--dependency=afterok:77", "--kill-on-invalid-dep=yes", "--job-name=tlearn-run"),
     ):
         assert f"#SBATCH {line}\n" in text, line
-    assert 'module load cuda\nexport PYTHONSAFEPATH="1"\nexport PYTHONPATH="' in text
-    assert 'export NCCL_SOCKET_IFNAME="ib0"' in text
-    assert "--kill-on-bad-exit=1 --cpus-per-task=7 apptainer exec image.sif python -u -m submitit" in text
+    lines = text[text.index("set -e") :].splitlines()
+    assert lines[1:5] == [
+        "export PYTHONSAFEPATH=1",
+        "export NCCL_SOCKET_IFNAME=ib0",
+        "export ODD='it'\"'\"'s $HOME `id`; x'",  # as it stands, not as a shell would read it
+        "module load cuda",
+    ]
+    assert lines[5].startswith(f"export PYTHONPATH={tmp_path}/run/slurm/submission-")
+    assert "--kill-on-bad-exit=1 --cpus-per-task=7 bash -c 'trap" in text
+    assert " bash apptainer exec image.sif python -u -m submitit" in text
 
 
 @pytest.mark.parametrize(
@@ -132,7 +146,13 @@ def test_every_option_of_a_profile_reaches_the_file(tmp_path: Path) -> None:
         ("partitoin: x", r"p\.yaml:\n  partitoin: no such option; did you mean partition\?"),
         ("nodes: 0", r"nodes: Input should be greater than or equal to 1"),
         ("gpus_per_node: 1\ntasks_per_node: 2", "tasks_per_node: has no effect beside gpus_per_node"),
-        ("time: soon", r"time = 'soon': should be \[days-\]hours:minutes"),
+        ("time: soon", "time: is 'soon', should be like '1:30:00'"),
+        ("time: 1:30:00", "time: needs quotes"),
+        ("time: '0:00:00'", "time: is '0:00:00', which is no limit"),
+        ("time: '2'", "signal_delay_s: 120 s are not before a limit of 2"),
+        ("environment: {MY-VAR: x}", "environment: MY-VAR cannot be set here"),
+        ("environment: {PYTHONPATH: x}", "environment: PYTHONPATH cannot be set here"),
+        ("sbatch: {ntasks_per_node: 3}", "sbatch: ntasks_per_node follows from other options: partition"),
         ("- a", "holds a list, not options"),
         ("a: [", "not a valid YAML file"),
     ],
@@ -141,6 +161,14 @@ def test_a_bad_profile_is_one_message(tmp_path: Path, text: str, message: str) -
     (tmp_path / "p.yaml").write_text(text)
     with pytest.raises(TlearnError, match=message):
         load_profile(tmp_path / "p.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("90", 90), ("90:30", 91), ("1:30:00", 90), ("2-12", 3600), ("1-0:30", 1470), ("1-02:03:04", 1564)],
+)
+def test_a_time_is_what_sbatch_takes_it_for(text: str, minutes: int) -> None:
+    assert Profile(time=text).time_min == minutes
 
 
 def test_a_dry_run_is_quick_and_imports_no_torch(tmp_path: Path) -> None:
@@ -205,6 +233,88 @@ def test_without_slurm_the_folder_says_what_it_knows(
 def test_the_end_of_a_long_file_is_read_from_a_whole_row_on(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"kind": "step", "step": i}) + "\n" for i in range(20_000)))
+    assert [row["step"] for row in jobs._last_rows(path)] == list(range(20_000))  # no epoch yet
+    with path.open("a") as file:
+        file.write('{"kind": "epoch", "step": 20000}\n')
     found = [row["step"] for row in jobs._last_rows(path)]
-    assert found == list(range(found[0], 20_000))
+    assert found == list(range(found[0], 20_001))
     assert 0 < found[0] < 19_000
+
+
+@pytest.mark.slow
+def test_a_local_job_is_the_same_job(photos: Path, tmp_path: Path) -> None:
+    folder, whole = tmp_path / "a run's folder", tmp_path / "whole"
+    profile = write_profile(tmp_path / "two.yaml", tasks_per_node=2, setup=["export DATA=$ROOT/data"])
+    recipe = (*TINY, *EXACT, "model.batch_norm=frozen", "save_every.steps=5")
+    run_ranks(train, (load_config(None, [f"data.path={photos}", *recipe]), whole), 2)
+    environment = dict(os.environ)
+    job = submitted(environment, f"data.path={photos}", *recipe, "--profile", profile, "--run", str(folder), "--local")
+    assert json.loads(tlearn(environment, "status", str(folder), "--json").stdout)["state"] == "RUNNING"
+    again = tlearn(environment, "submit", "--run", str(folder), "--local")
+    assert f"job {job} is not over" in again.stderr
+    wait_for(reached(folder, 10))
+    for rank in tasks("SUBMITIT_LOCAL_JOB_ID", job):
+        os.kill(rank, signal.SIGUSR2)  # as submitit does when the time is up
+    assert "everything is saved" in tlearn(environment, "logs", str(folder), "--follow").stdout
+    report = json.loads(tlearn(environment, "status", str(folder), "--json").stdout)
+    assert (report["state"], report["restarts"], report["finished"]) == ("OVER", 1, True)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(folder)[name]), name
+
+
+@pytest.mark.slow
+def test_a_local_job_whose_rank_is_killed_ends(photos: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    folder, environment = tmp_path / "run", dict(os.environ)
+    request.addfinalizer(lambda: tlearn(environment, "cancel", str(folder)))
+    profile = write_profile(tmp_path / "two.yaml", tasks_per_node=2)
+    options = [f"data.path={photos}", *TINY, "strategy=full", "epochs=900", "save_every.steps=5", "--profile", profile]
+    job = submitted(environment, *options, "--run", str(folder), "--local")
+    wait_for(reached(folder, 10))
+    ranks = tasks("SUBMITIT_LOCAL_JOB_ID", job)
+    os.kill(next(rank for rank in tasks("SUBMITIT_LOCAL_GLOBALID", "0") if rank in ranks), signal.SIGKILL)
+    wait_for(lambda: jobs.state(folder, job) == "OVER", 30)
+    failure = json.loads(tlearn(environment, "status", str(folder), "--json").stdout)["failure"]
+    assert "rank 1" in failure
+    assert "lost another rank, which was killed" in failure
+    second = submitted(environment, "--run", str(folder), "--local")  # it goes on, with the same profile
+    log = folder / "slurm" / f"{second}_0_log.err"
+    wait_for(lambda: log.exists() and "resumed at step" in log.read_text())
+    assert "is cancelled; go on with" in tlearn(environment, "cancel", str(folder)).stdout
+    assert "everything is saved" in tlearn(environment, "logs", str(folder), "--follow").stdout
+    assert "over already (OVER)" in tlearn(environment, "cancel", str(folder)).stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234"), True),
+        (RuntimeError("[gloo/transport/tcp/device.cc:84] ifa != nullptr. Unable to find address for: ib0"), False),
+        (RuntimeError("shapes do not match"), False),
+        (ConnectionResetError("Connection reset by peer"), False),  # W&B's
+    ],
+)
+def test_only_a_connection_that_broke_counts_as_a_lost_rank(error: Exception, lost: bool) -> None:
+    assert _lost_a_peer(error) is lost
+
+
+def test_submitting_from_inside_a_job_takes_nothing_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = {"SLURM_JOB_ID": "7", "SLURM_MEM_PER_CPU": "1", "SLURM_CONF": "/x", "RANK": "0", "OTHER": "1"}
+    for name, value in inside.items():
+        monkeypatch.setenv(name, value)
+    with _outside_of_jobs():
+        assert {name: os.environ.get(name) for name in inside} == {
+            **dict.fromkeys(inside),
+            "SLURM_CONF": "/x",
+            "OTHER": "1",
+        }
+    assert {name: os.environ[name] for name in inside} == inside
+
+
+def test_a_refused_submission_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    config = load_config(None, ["data.path=x"])
+    with pytest.raises(TlearnError, match="sbatch is not installed here"):
+        submit(config, Profile(), tmp_path / "runs" / "a")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(TlearnError, match="a ':' separates"):
+        submit(config, Profile(), tmp_path / "a:b")

@@ -163,20 +163,22 @@ def doctor(
     nproc: NprocOption = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="In a short Slurm job, on the disk of --run.")] = False,
     profile: Annotated[Path | None, typer.Option(help="The shape of that job: slurm/*.yaml.")] = None,
-    run: Annotated[Path | None, typer.Option(help="Folder on the disk that runs will use. Default: runs.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Folder on the disk that runs will use; --slurm: `runs`.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Show what the processes of a run see, test that they reach each other, and say what is wrong."""
     from tlearn.console import print_result
 
+    if slurm and nproc is not None:
+        raise TlearnError("--nproc: has no effect with --slurm; the profile says how many processes there are")
+    if profile is not None and not slurm:
+        raise TlearnError("--profile: is for --slurm")
     if slurm:
         from tlearn.profile import Profile, load_profile
         from tlearn.submit import examined
 
         report = examined(load_profile(profile) if profile is not None else Profile(), run or Path("runs"))
     else:
-        if profile is not None:
-            raise TlearnError("--profile: is for --slurm")
         report = _in_processes("tlearn.doctor:examine", nproc, run)
     if int(os.environ.get("RANK") or 0) > 0:
         return
@@ -214,6 +216,7 @@ def submit(
         raise TlearnError(f"{'--dry-run' if dry_run else '--after'}: is for Slurm, and has no effect with --local")
     from tlearn.configfile import load_config
     from tlearn.files import new_run
+    from tlearn.jobs import last_submission
     from tlearn.profile import Profile, load_profile
     from tlearn.submit import sbatch_text
     from tlearn.submit import submit as send
@@ -221,13 +224,14 @@ def submit(
     file, overrides = _recipe(config, run)
     parsed = load_config(file, overrides, quick=quick)
     place = run or new_run(parsed.strategy)
-    if profile is None and (place / "slurm" / "profile.yaml").is_file():
-        profile = place / "slurm" / "profile.yaml"
+    if profile is None and (last := last_submission(place)) is not None:
+        profile = last / "profile.yaml"
     job = load_profile(profile) if profile is not None else Profile()
     if dry_run:
         typer.echo(sbatch_text(job, place, after))
     else:
         typer.echo(send(parsed, job, place, after=after, local=local, override=override))
+        typer.echo(f"run folder: {place}   (tlearn status, logs -f, cancel)", err=True)
 
 
 @app.command()
@@ -248,7 +252,7 @@ def logs(
     rank: Annotated[int, typer.Option(min=0, help="Of which process.")] = 0,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job is over.")] = False,
 ) -> None:
-    """What a process of a submitted run has printed."""
+    """What a process of a submitted run has printed, on stderr."""
     from tlearn.jobs import logs as read
 
     for text in read(run, rank, follow=follow):
@@ -298,12 +302,18 @@ def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
 def _recipe(arguments: list[str] | None, run: Path | None) -> tuple[Path | None, list[str]]:
     """Config file and options; without either a file or images those of the run that goes on."""
     file, overrides = _split_arguments(arguments or [])
-    if file is not None or run is None or any(o.partition("=")[0] in ("data", "data.path") for o in overrides):
+    if file is not None or run is None:
         return file, overrides
-    # what was submitted but has not begun is recorded in `slurm` only
-    for recorded in (run / "config.yaml", run / "slurm" / "config.yaml"):
-        if recorded.is_file():
-            return recorded, overrides
+    from tlearn.jobs import last_submission
+
+    names_data = any(o.partition("=")[0] in ("data", "data.path") for o in overrides)
+    if (run / "config.yaml").is_file():
+        return None if names_data else run / "config.yaml", overrides
+    submission = last_submission(run)  # it has not begun
+    if submission is not None:
+        return submission / "config.yaml", overrides
+    if names_data:
+        return None, overrides
     raise TlearnError(f"{run}: holds no run to go on with; to begin one, name its images: data.path=FOLDER")
 
 

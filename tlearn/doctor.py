@@ -46,6 +46,7 @@ def examine(folder: Path | None = None) -> Report:
         runtime.on_main(lambda: (folder / token).unlink())
     expected = runtime.world_size * (runtime.world_size + 1) / 2
     report = {
+        "scontrol": shutil.which("scontrol") is not None if "SUBMITIT_EXECUTOR" in os.environ else None,
         "world_size": runtime.world_size,
         "backend": runtime.state.backend or "none",
         "address": f"{os.environ.get('MASTER_ADDR', 'none')}:{os.environ.get('MASTER_PORT', 'none')}",
@@ -103,6 +104,8 @@ def problems(report: Report) -> list[str]:
     by_host: dict[str, list[Report]] = {}
     for rank in report["ranks"]:
         by_host.setdefault(rank["host"], []).append(rank)
+    if report.get("scontrol") is False:
+        found.append("scontrol is not to be had in the job (in the container?): it could not be queued again; bind it")
     for rank in report["ranks"]:
         where = f"{rank['host']} (rank {rank['rank']})"
         if not rank.get("sees_folder", True):

@@ -1,21 +1,23 @@
 """`tlearn status | logs | cancel`: a submitted run as Slurm and its folder show it. Needs no accounting database.
 
-RUN/slurm/config.yaml, profile.yaml   as they were submitted
-          code/tlearn/                the code as it was submitted
-          jobs.jsonl                  one line per start: job, restart, nodes, step
-          JOB_*                       submitit's: the sbatch file, what every rank printed
-          JOB_RESTART_failure.txt     which rank failed first, and its error
+RUN/slurm/submission-TIME/          config.yaml, profile.yaml and the code (tlearn/) as they were submitted
+          jobs.jsonl                one line per start: job, restart, nodes, step
+          JOB_*                     submitit's: the sbatch file, what every rank printed
+          JOB_RESTART_failure.txt   which rank failed first, and its error
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,14 @@ Row = dict[str, Any]
 FOLDER = "slurm"
 """Inside the run folder."""
 
-_OVER = ("OVER", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
-"""States of jobs that do not come back; OVER: a local one."""
+OVER = (
+    *("OVER", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"),
+    *("PREEMPTED", "REVOKED"),
+)
+"""States of jobs that do not come back; OVER: a local one, or one that Slurm has forgotten (after MinJobAge)."""
+_ATTEMPTS = 3
+_PATIENCE_S = 15.0
+"""With a controller that does not answer; Slurm's tools have a minute's."""
 _TAIL_BYTES = 100_000
 
 
@@ -45,7 +53,10 @@ def status(run: Path) -> Row:
     report: Row = {"run": str(run)}
     if job is not None:
         report |= {"job": job, "state": state(run, job)}
-        starts = read_starts(run)
+        reason = "None" if _is_local(run, job) else slurm_fields(job).get("Reason", "None")
+        if reason != "None":
+            report["reason"] = reason
+        starts = [start for start in read_starts(run) if start["job"] == job]
         report |= {"restarts": max(len(starts) - 1, 0)}
         if starts:
             report |= {"nodes": starts[-1]["nodes"], "processes": starts[-1]["tasks"]}
@@ -55,21 +66,31 @@ def status(run: Path) -> Row:
         report |= {key: steps[-1][key] for key in ("stage", "epoch", "step", "train/loss", "images_per_s")}
     if epochs:
         report |= {key: value for key, value in epochs[-1].items() if key.startswith("val/")}
-    saved = sorted((run / "checkpoints").glob("step-*"), key=lambda path: path.stat().st_mtime)
-    if saved:
-        report["checkpoint"] = f"{saved[-1].name}, {time.time() - saved[-1].stat().st_mtime:.0f} s old"
+    saved = max((run / "checkpoints").glob("step-*"), default=None)
+    if saved is not None:
+        with suppress(FileNotFoundError):  # it was pruned just now
+            report["checkpoint"] = f"{saved.name}, {time.time() - saved.stat().st_mtime:.0f} s old"
     report["finished"] = (run / "result.json").is_file()
-    if job is not None and report["state"] in _OVER and not report["finished"]:
-        failures = sorted((run / FOLDER).glob(f"{job}_*_failure.txt"), key=lambda path: path.stat().st_mtime)
-        if failures:
-            lines = failures[-1].read_text(encoding="utf-8").splitlines()
-            report["failure"] = f"{lines[0]} {lines[-1]}"
-        elif report["state"] == "FAILED":
-            code = slurm_fields(job).get("ExitCode", "unknown")
-            killed = ", killed (for want of memory?)" if code.startswith("137:") else ""
-            report["failure"] = f"exit code {code}{killed}; see tlearn logs {run}"
-        report["go on with"] = f"tlearn submit --run {run}"
+    if job is not None and report["state"] in OVER and not report["finished"]:
+        if failure := _failure(run, job, report["state"]):
+            report["failure"] = failure
+        report["go on with"] = f"tlearn submit --run {shlex.quote(str(run))}"
     return report
+
+
+def _failure(run: Path, job: str, state: str) -> str | None:
+    """Of the last start, in a line."""
+    restarts = [start["restart"] for start in read_starts(run) if start["job"] == job]
+    left = run / FOLDER / f"{job}_{restarts[-1] if restarts and not _is_local(run, job) else 0}_failure.txt"
+    if left.exists():
+        first, *lines = left.read_text(encoding="utf-8").splitlines()
+        named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)?: ", line)]
+        return f"{first} {named[0] if named else lines[-1]}" if lines else first
+    if state != "FAILED":
+        return None
+    code = slurm_fields(job).get("ExitCode", "unknown")
+    killed = ", killed (for want of memory?)" if code.startswith("137:") else ""
+    return f"exit code {code}{killed}; see tlearn logs {shlex.quote(str(run))}"
 
 
 def logs(run: Path, rank: int, *, follow: bool) -> Iterator[str]:
@@ -98,12 +119,13 @@ def cancel(run: Path) -> str:
     """End the job of a run, which saves first; returns its id.
 
     Raises:
-        TlearnError: nothing was submitted there, or what Slurm says.
+        TlearnError: nothing was submitted there, it is over, or what Slurm says.
     """
     job = _submitted(run)
+    if (now := state(run, job)) in OVER:
+        raise TlearnError(f"{run}: job {job} is over already ({now})")
     if _is_local(run, job):
-        if state(run, job) == "RUNNING":
-            os.kill(int(job), signal.SIGTERM)
+        os.kill(int(job), signal.SIGTERM)
         return job
     done = _slurm("scancel", job)
     if done is None or done.returncode:
@@ -115,34 +137,49 @@ def cancel(run: Path) -> str:
 
 def last_job(run: Path) -> str | None:
     """Id of the job that was submitted last."""
-    files = sorted((run / FOLDER).glob("*_submitted.pkl"), key=lambda path: path.stat().st_mtime)
-    ids = [path.name.partition("_")[0] for path in files]
-    return next((job for job in reversed(ids) if job.isdecimal()), None)
+    newest = max((run / FOLDER).glob("*_submitted.pkl"), key=lambda path: path.stat().st_mtime, default=None)
+    return newest.name.partition("_")[0] if newest is not None else None
+
+
+def new_submission(run: Path) -> Path:
+    """A folder for what is submitted now; those of before stay, a job may still need them."""
+    stem = time.strftime("submission-%Y%m%d-%H%M%S")
+    names = (f"{stem}-{i}" if i else stem for i in range(10**6))
+    return next(path for name in names if not (path := run / FOLDER / name).exists())
+
+
+def last_submission(run: Path) -> Path | None:
+    """The folder of what was submitted last."""
+    return max((run / FOLDER).glob("submission-*"), default=None)
 
 
 def state(run: Path, job: str) -> str:
-    """PENDING, RUNNING, COMPLETED, ... of Slurm; RUNNING or OVER of a local job.
-
-    `unknown` where Slurm is not installed or has forgotten the job.
-    """
+    """PENDING, RUNNING, COMPLETED, ... of Slurm; RUNNING or OVER of a local job; `unknown`: Slurm does not answer."""
     if not _is_local(run, job):
         return slurm_fields(job).get("JobState", "unknown")
     try:  # the id may be another process's by now
-        return "RUNNING" if str(run.absolute()) in Path(f"/proc/{job}/cmdline").read_text() else "OVER"
+        return "RUNNING" if str(run.resolve()) in Path(f"/proc/{job}/cmdline").read_text() else "OVER"
     except OSError:
         return "OVER" if Path("/proc/self").exists() else "unknown"
 
 
 def is_active(run: Path, job: str) -> bool:
     """Whether it waits or runs."""
-    return state(run, job) not in (*_OVER, "unknown")
+    return state(run, job) not in (*OVER, "unknown")
 
 
 def slurm_fields(job: str) -> dict[str, str]:
-    """What `scontrol show job` says: JobState, Reason, PreemptTime, ...; empty where it says nothing."""
-    done = _slurm("scontrol", "--oneliner", "show", "job", job)
-    words = done.stdout.split() if done and done.returncode == 0 else []
-    return dict(word.split("=", 1) for word in words if "=" in word)
+    """What `scontrol show job` says: JobState, Reason, PreemptTime, ...; empty where Slurm does not answer."""
+    for attempt in range(_ATTEMPTS):
+        done = _slurm("scontrol", "--oneliner", "show", "job", job)
+        if done is None:
+            return {}
+        if done.returncode == 0:
+            return dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
+        if "Invalid job id" in done.stderr:
+            return {"JobState": "OVER"}
+        time.sleep(attempt)  # a busy controller
+    return {}
 
 
 def failure_file(place: Path, environment: Mapping[str, str]) -> Path:
@@ -164,21 +201,32 @@ def _submitted(run: Path) -> str:
 def _slurm(*command: str) -> subprocess.CompletedProcess[str] | None:
     if shutil.which(command[0]) is None:
         return None
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def read_starts(run: Path) -> list[Row]:
     """A row per start: job, restart, nodes, tasks, step, time."""
     path = run / FOLDER / "jobs.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError):  # torn by a node that died
+            rows.append(json.loads(line))
+    return rows
 
 
 def _last_rows(path: Path) -> list[Row]:
-    """Whole rows at the end of a file that may be long and in the middle of being written."""
+    """Whole rows at the end of a file that may be long and in the middle of being written, an epoch's among them."""
     if not path.exists():
         return []
-    with path.open("rb") as file:
-        start = max(0, path.stat().st_size - _TAIL_BYTES)
-        file.seek(start)
-        lines = file.read().split(b"\n")[bool(start) : -1]
-    return [json.loads(line) for line in lines]
+    size, length = path.stat().st_size, _TAIL_BYTES
+    while True:
+        with path.open("rb") as file:
+            file.seek(max(0, size - length))
+            lines = file.read().split(b"\n")[size > length : -1]
+        rows = [json.loads(line) for line in lines]
+        if length >= size or any(row["kind"] == "epoch" for row in rows):
+            return rows
+        length *= 8

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from tlearn.data.workers import available_cores, end_with_parent, main_hidden
 from tlearn.errors import EXPECTED, RankFailedError, StoppedBySignalError, refused
+from tlearn.rendezvous import LOOPBACK
 from tlearn.signals import Handler, StopFlag, handled_by, stop
 
 GRACE_S = 10.0
@@ -104,8 +105,7 @@ def run_ranks(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": threads,
-        # otherwise the address that the host's name resolves to, which may not be there without a network
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME") or ("lo0" if sys.platform == "darwin" else "lo"),
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME") or LOOPBACK,
     }
     ranks: list[_Rank] = []
     with handled_by(_forward_to(ranks, nproc)):

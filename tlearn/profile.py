@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from tlearn.config import Section
 from tlearn.errors import TlearnError
 
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>\d{2})(?::(?P<seconds>\d{2}))?")
+_NAME = re.compile(r"[A-Za-z_]\w*")
+_OURS = {
+    *("nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "mem", "time", "signal", "requeue"),
+    *("partition", "account", "qos", "constraint", "job-name", "output", "error", "dependency", "kill-on-invalid-dep"),
+}
+"""Options of sbatch that we set ourselves, from other keys."""
 
 
 class Profile(Section):
@@ -38,15 +43,15 @@ class Profile(Section):
     mem: Annotated[str, Field(pattern=r"^\d+[KMGT]B?$")] | None = None
     """Memory per machine: `32G`."""
     time: str = "1:00:00"
-    """Limit as [days-]hours:minutes[:seconds]."""
+    """Limit as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
     signal_delay_s: int = Field(120, ge=10)
     """So long before the limit a run is told to save; it is then queued again."""
     max_restarts: int = Field(3, ge=0)
-    """A job is queued again unless so many restarts in a row have brought no step."""
+    """A job is queued again unless so many restarts in a row have brought no checkpoint."""
     setup: list[str] = Field(default_factory=list)
-    """Shell lines before the processes start: `module load cuda`."""
+    """Shell lines before the processes start, `module load cuda`; the first that fails ends the job."""
     environment: dict[str, str] = Field(default_factory=dict)
-    """Variables of the processes: NCCL_SOCKET_IFNAME, say."""
+    """Variables of the processes, as they stand: NCCL_SOCKET_IFNAME, say. With `$OTHERS` in it: a line of `setup`."""
     container: str | None = None
     """Put before the Python command: `apptainer exec --nv /images/torch.sif`."""
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
@@ -60,10 +65,59 @@ class Profile(Section):
     @property
     def time_min(self) -> int:
         """The limit in minutes, rounded up."""
-        match = _TIME.fullmatch(self.time)
-        assert match is not None
-        days, hours, minutes, seconds = (int(match[name] or 0) for name in ("days", "hours", "minutes", "seconds"))
-        return (days * 24 + hours) * 60 + minutes + (seconds > 0)
+        return -(-_seconds(self.time) // 60)
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _quoted(cls, value: object) -> object:
+        if isinstance(value, int):
+            raise ValueError("needs quotes, as in '1:30:00': YAML takes it for a number without")
+        return value
+
+    @field_validator("time")
+    @classmethod
+    def _a_time(cls, value: str) -> str:
+        if _seconds(value) <= 0:
+            raise ValueError(f"is {value!r}, which is no limit")
+        return value
+
+    @field_validator("environment")
+    @classmethod
+    def _names(cls, value: dict[str, str]) -> dict[str, str]:
+        if wrong := [name for name in value if not _NAME.fullmatch(name) or name == "PYTHONPATH"]:
+            raise ValueError(f"{wrong[0]} cannot be set here (as a line of `setup` perhaps)")
+        return value
+
+    @field_validator("sbatch")
+    @classmethod
+    def _not_ours(cls, value: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        if ours := [name for name in value if name.replace("_", "-") in _OURS]:
+            raise ValueError(f"{ours[0]} follows from other options: {', '.join(Profile.model_fields)}")
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Profile:
+        if self.gpus_per_node and self.tasks_per_node:
+            raise ValueError("tasks_per_node: has no effect beside gpus_per_node; every GPU has a process")
+        if self.signal_delay_s >= _seconds(self.time):
+            raise ValueError(f"signal_delay_s: {self.signal_delay_s} s are not before a limit of {self.time}")
+        return self
+
+
+def _seconds(time: str) -> int:
+    """Of a time as sbatch takes it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    days, dash, rest = time.rpartition("-")
+    parts = rest.split(":")
+    if not 1 <= len(parts) <= 3 or not all(part.isdecimal() for part in [*parts, *([days] if dash else [])]):
+        raise ValueError(
+            f"is {time!r}, should be like '1:30:00' (hours:minutes:seconds) or '2-12' (days-hours), in quotes"
+        )
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(int(part) * unit for part, unit in zip(parts, units, strict=False))
 
 
 def dump_profile(profile: Profile) -> str:
@@ -90,14 +144,6 @@ def load_profile(path: Path) -> Profile:
     except ValidationError as error:
         lines = [_explain(problem["loc"], problem["type"], problem["msg"]) for problem in error.errors()]
         raise TlearnError("\n  ".join([f"--profile {path}:", *lines])) from None
-    if profile.gpus_per_node and profile.tasks_per_node:
-        raise TlearnError(
-            f"--profile {path}: tasks_per_node: has no effect beside gpus_per_node; every GPU has a process"
-        )
-    if not _TIME.fullmatch(profile.time):
-        raise TlearnError(
-            f"--profile {path}: time = {profile.time!r}: should be [days-]hours:minutes[:seconds], in quotes"
-        )
     return profile
 
 
@@ -107,4 +153,5 @@ def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
         close = difflib.get_close_matches(key, sorted(Profile.model_fields), n=1)
         hint = f"did you mean {close[0]}?" if close else f"options here: {', '.join(Profile.model_fields)}"
         return f"{key}: no such option; {hint} (other options of sbatch go under `sbatch:`)"
-    return f"{key}: {message}"
+    message = message.removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message

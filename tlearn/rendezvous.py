@@ -8,12 +8,17 @@ This module imports no torch: it has to be read before torch is, which looks at 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 
 from tlearn.errors import TlearnError
 
 RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables by which processes find each other; torchrun, accelerate and `--nproc` set all of them."""
+
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+"""The interface for processes of one machine. gloo's default is the one of the address that the host's name resolves
+to, which may not be there without a network."""
 
 _FIRST_PORT, _PORTS = 12_000, 8_000
 """Below the ports that the kernel gives out (from 32768 on), any of which may be taken."""
@@ -54,6 +59,7 @@ def _from_submitit(environment: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": world_size,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_FIRST_PORT + int(job_id(environment)) % _PORTS),
+        "GLOO_SOCKET_IFNAME": environment.get("GLOO_SOCKET_IFNAME") or LOOPBACK,
     }
 
 
@@ -64,17 +70,20 @@ def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
         node, local_rank = int(environment["SLURM_NODEID"]), environment["SLURM_LOCALID"]
         nodes = environment["SLURM_STEP_NODELIST"]
         here = _tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])[node]
-        port = _FIRST_PORT + (int(environment["SLURM_JOB_ID"]) * 31 + int(environment["SLURM_STEP_ID"])) % _PORTS
+        # another one at every restart: it may be taken
+        turn = int(environment["SLURM_STEP_ID"]) + int(environment.get("SLURM_RESTART_COUNT") or 0)
+        port = _FIRST_PORT + (int(environment["SLURM_JOB_ID"]) * 31 + turn) % _PORTS
     except (KeyError, ValueError, IndexError) as error:
         raise TlearnError(
             f"the environment of this Slurm step cannot be read ({error!r}); start tasks with srun"
         ) from None
-    threads = environment.get("OMP_NUM_THREADS") or environment.get("SLURM_CPUS_PER_TASK")
     if world_size == 1:
-        return {"OMP_NUM_THREADS": threads} if threads else {}
-    seen = environment.get("CUDA_VISIBLE_DEVICES") or environment.get("ROCR_VISIBLE_DEVICES")
-    if seen and len(seen.split(",")) < int(environment.get("SLURM_GPUS_ON_NODE") or 0):
-        local_rank, here = "0", 1  # --gpus-per-task, --gpu-bind: every task sees its own devices only
+        return {}
+    seen = environment.get("CUDA_VISIBLE_DEVICES") or environment.get("ROCR_VISIBLE_DEVICES") or ""
+    devices = len(seen.split(","))
+    if seen and devices < int(environment.get("SLURM_GPUS_ON_NODE") or 0):
+        # --gpus-per-task, --gpu-bind: every task sees its own devices only
+        local_rank, here = str(int(local_rank) % devices), min(here, devices)
     return {
         "RANK": str(rank),
         "LOCAL_RANK": local_rank,
@@ -82,7 +91,7 @@ def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(here),
         "MASTER_ADDR": first_host(nodes),
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": threads or "1",
+        "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS") or environment.get("SLURM_CPUS_PER_TASK") or "1",
     }
 
 

@@ -9,6 +9,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -52,8 +53,9 @@ class Runtime:
             raise TlearnError(
                 f"{here} processes on a machine with {torch.accelerator.device_count()} devices; start one per device"
             )
-        # while the processes look for each other nothing is under way, and no handler of ours could run
-        with handled_by(signal.SIG_DFL):
+        # while the processes look for each other nothing is under way, and no handler of ours could run; in a job
+        # they wait for the end of it, or it would count as failed
+        with nullcontext() if job_id(os.environ) else handled_by(signal.SIG_DFL):
             self.state = PartialState(cpu=use_cpu())
         asked = int(os.environ.get("WORLD_SIZE") or 1)
         if asked != self.world_size:

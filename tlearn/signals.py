@@ -63,7 +63,7 @@ class StopFlag:
     def set(self, number: int, frame: FrameType | None) -> None:
         """The handler: no collective and no file access in here, only the flag."""
         now = time.monotonic()
-        if self.signal is None:
+        if self.signal is None or (self.signal, number) == ("SIGUSR2", signal.SIGTERM):  # not "again" but "no more"
             self.signal, self._since = signal.Signals(number).name, now
         elif number == signal.SIGINT and now - self._since > self.SAME_S:
             raise KeyboardInterrupt

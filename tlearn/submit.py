@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -10,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from tlearn.configfile import dump_config
 from tlearn.console import show
 from tlearn.errors import TlearnError
 from tlearn.files import write_text
-from tlearn.jobs import FOLDER, cancel, is_active, last_job, slurm_fields, state
+from tlearn.jobs import FOLDER, OVER, cancel, is_active, last_job, new_submission, slurm_fields, state
 from tlearn.profile import Profile, dump_profile
+from tlearn.rendezvous import RENDEZVOUS
 from tlearn.task import examine_task, train_task
 
 
@@ -37,7 +39,7 @@ class _Executor(SlurmExecutor):  # type: ignore[misc]
 
 def sbatch_text(profile: Profile, run: Path, after: str | None = None) -> str:
     """The file that would be submitted."""
-    executor = _slurm_executor(profile, run, after)
+    executor = _slurm_executor(profile, run, new_submission(run), after)
     text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
     return text
 
@@ -68,13 +70,17 @@ def submit(
         TlearnError: no Slurm here, a job of this run that is not over, or what Slurm says of the request.
     """
     earlier = last_job(run)
+    if earlier is not None and state(run, earlier) == "COMPLETING":
+        raise TlearnError(f"{run}: Slurm is still tidying up after job {earlier}; try again in a minute")
+    if after is not None and slurm_fields(after).get("JobState") == "OVER":
+        raise TlearnError(f"--after {after}: Slurm knows no such job")
     if earlier is not None and is_active(run, earlier):
         raise TlearnError(f"{run}: job {earlier} is not over; tlearn cancel {run} ends it, or choose another --run")
-    executor = _local_executor(profile, run) if local else _slurm_executor(profile, run, after)
-    _snapshot(profile, run)
-    write_text(run / FOLDER / "config.yaml", dump_config(config))
-    with _detached(run / FOLDER / "local.log") if local else nullcontext():
-        return _sent(executor, train_task, str(run), profile.max_restarts, override)
+    with _snapshot(profile, run) as code:
+        executor = _local_executor(profile, run, code) if local else _slurm_executor(profile, run, code, after)
+        write_text(code / "config.yaml", dump_config(config))
+        with _detached(run / FOLDER / "local.log") if local else nullcontext():
+            return _sent(executor, train_task, str(run), str(code / "config.yaml"), profile.max_restarts, override)
 
 
 def examined(profile: Profile, folder: Path) -> dict[str, Any]:
@@ -87,29 +93,68 @@ def examined(profile: Profile, folder: Path) -> dict[str, Any]:
     Raises:
         TlearnError: no Slurm here, what it says of the request, or a job that left no report.
     """
-    short = profile.model_copy(update={"time": "0:02:00", "signal_delay_s": 30})
+    short = profile.model_copy(update={"time": "0:05:00", "signal_delay_s": 60})
     place = folder / time.strftime(f"doctor-%Y%m%d-%H%M%S-{os.getpid()}")
-    executor = _slurm_executor(short, place, None)
-    _snapshot(short, place)
-    job = _sent(executor, examine_task, str(place))
+    with _snapshot(short, place) as code:
+        job = _sent(_slurm_executor(short, place, code, None), examine_task, str(place))
+    told = ""
     try:
-        told = ""
-        while is_active(place, job):
-            fields = slurm_fields(job)
-            if (news := f"{fields.get('JobState')}, {fields.get('Reason')}") != told:
+        while (news := state(place, job)) not in OVER:
+            if news != told:
                 show(f"job {job}: {news}")
-                told = news
-            time.sleep(0.5)
-    except BaseException:
-        cancel(place)
-        raise
+            told = news
+            time.sleep(1)
+    finally:
+        with suppress(TlearnError):
+            cancel(place)
     if not (place / "report.json").is_file():
         failures = [path.read_text(encoding="utf-8") for path in (place / FOLDER).glob("*_failure.txt")]
         cause = failures[0] if failures else "have the nodes that folder, and this Python?"
-        raise TlearnError(f"{place / FOLDER}: job {job} is {state(place, job)} and left no report: {cause}")
+        raise TlearnError(f"{place / FOLDER}: job {job} is {news} and left no report: {cause}")
     report: dict[str, Any] = json.loads((place / "report.json").read_text(encoding="utf-8"))
     shutil.rmtree(place)
     return report
+
+
+@contextmanager
+def _snapshot(profile: Profile, run: Path) -> Iterator[Path]:
+    """A new folder with the code and the profile as they are now; gone again where nothing comes of the submission."""
+    found = [run, *run.parents]
+    new = [path for path in found if not path.exists()]
+    code = new_submission(run)
+    code.mkdir(parents=True)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(tlearn.__file__).parent, code / "tlearn", ignore=ignored)
+    write_text(code / "profile.yaml", dump_profile(profile))
+    try:
+        yield code
+    except BaseException:
+        shutil.rmtree(new[-1] if new else code)
+        raise
+
+
+def _sent(executor: Any, function: Any, *arguments: Any) -> str:
+    if isinstance(executor, SlurmExecutor) and shutil.which("sbatch") is None:
+        raise TlearnError("sbatch is not installed here; submit on the cluster's login node, or try --local, --dry-run")
+    try:
+        with _outside_of_jobs(), redirect_stderr(io.StringIO()):  # submitit shows there what the error has too
+            job_id: str = executor.submit(function, *arguments).job_id
+    except FailedJobError as error:
+        words = dict.fromkeys(line.removeprefix("sbatch: error: ") for line in str(error).strip().splitlines())
+        raise TlearnError(f"Slurm does not take the job: {'; '.join(words)}") from None
+    return job_id
+
+
+@contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """A job that is submitted from inside of another one must not take over what that one was given."""
+    inside = "SLURM_JOB_ID" in os.environ
+    names = [n for n in os.environ if inside and n != "SLURM_CONF" and (n.startswith("SLURM") or n in RENDEZVOUS)]
+    hidden = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 @contextmanager
@@ -131,30 +176,12 @@ def _detached(log: Path) -> Iterator[None]:
         signal.signal(signal.SIGHUP, before)
 
 
-def _snapshot(profile: Profile, run: Path) -> None:
-    """The code and the profile as they are now: later edits do not change the job."""
-    place = run / FOLDER
-    place.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(place / "code", ignore_errors=True)
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(Path(tlearn.__file__).parent, place / "code" / "tlearn", ignore=ignored)
-    write_text(place / "profile.yaml", dump_profile(profile))
-
-
-def _sent(executor: Any, function: Any, *arguments: Any) -> str:
-    if isinstance(executor, SlurmExecutor) and shutil.which("sbatch") is None:
-        raise TlearnError("sbatch is not installed here; submit on the cluster's login node, or try --local, --dry-run")
-    try:
-        job_id: str = executor.submit(function, *arguments).job_id
-    except FailedJobError as error:
-        words = dict.fromkeys(line.removeprefix("sbatch: error: ") for line in str(error).strip().splitlines())
-        raise TlearnError(f"Slurm does not take the job: {'; '.join(words)}") from None
-    return job_id
-
-
-def _slurm_executor(profile: Profile, run: Path, after: str | None) -> SlurmExecutor:
-    executor = _Executor(run.absolute() / FOLDER, python=_python(profile))
-    extra: dict[str, Any] = {"requeue": True, **profile.sbatch}
+def _slurm_executor(profile: Profile, run: Path, code: Path, after: str | None) -> SlurmExecutor:
+    executor = _Executor(run.resolve() / FOLDER, python=_python(profile, []))
+    extra: dict[str, Any] = {
+        "requeue": True,
+        **{key: value for key, value in profile.sbatch.items() if value is not False},
+    }
     if after is not None:
         extra |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
     options = profile.model_dump(include={"partition", "account", "qos", "constraint", "gpus_per_node", "mem"})
@@ -165,7 +192,7 @@ def _slurm_executor(profile: Profile, run: Path, after: str | None) -> SlurmExec
         cpus_per_task=profile.cpus_per_task,
         time=profile.time_min,
         signal_delay_s=profile.signal_delay_s,
-        setup=_setup(profile, run),
+        setup=_setup(profile, code),
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={profile.cpus_per_task}"],
         additional_parameters=extra,
         **{name: value for name, value in options.items() if value is not None},
@@ -173,14 +200,11 @@ def _slurm_executor(profile: Profile, run: Path, after: str | None) -> SlurmExec
     return executor
 
 
-def _local_executor(profile: Profile, run: Path) -> LocalExecutor:
+def _local_executor(profile: Profile, run: Path, code: Path) -> LocalExecutor:
     if profile.nodes > 1:
         raise TlearnError(f"--local: is one machine, but the profile asks for nodes = {profile.nodes}")
     # not submitit's `setup`, with which it takes a shell's process id for the job's
-    threads = f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{profile.cpus_per_task}}}"
-    script = "\n".join([*_setup(profile, run), threads, 'exec "$@"'])
-    python = f"{shlex.join(['bash', '-c', script, 'bash'])} {_python(profile)}"
-    executor = LocalExecutor(run.absolute() / FOLDER, python=python)
+    executor = LocalExecutor(run.resolve() / FOLDER, python=_python(profile, _setup(profile, code)))
     gpus = profile.gpus_per_node or 0
     visible = tuple(int(i) for i in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if i.isdecimal())
     if gpus > len(visible) > 0:
@@ -195,13 +219,22 @@ def _local_executor(profile: Profile, run: Path) -> LocalExecutor:
     return executor
 
 
-def _python(profile: Profile) -> str:
-    return f"{profile.container} python" if profile.container else shlex.quote(sys.executable)
+def _python(profile: Profile, setup: list[str]) -> str:
+    # SIGUSR2 is ignored until Python handles it: by default it would end a task that has hardly begun
+    script = "\n".join([*setup, "trap '' USR2", 'exec "$@"'])
+    python = f"{profile.container} python" if profile.container else shlex.quote(sys.executable)
+    return f"{shlex.join(['bash', '-c', script, 'bash'])} {python}"
 
 
-def _setup(profile: Profile, run: Path) -> list[str]:
-    """Shell lines before Python starts."""
-    # SAFEPATH: otherwise the code in the folder from which the job was submitted would come before the copy
-    code = f"{run.absolute() / FOLDER / 'code'}${{PYTHONPATH:+:$PYTHONPATH}}"
-    variables = {"PYTHONSAFEPATH": "1", "PYTHONPATH": code, **profile.environment}
-    return [*profile.setup, *(f'export {name}="{value}"' for name, value in variables.items())]
+def _setup(profile: Profile, code: Path) -> list[str]:
+    """Shell lines before Python starts; the first that fails ends the job."""
+    variables = {"PYTHONSAFEPATH": "1"} | profile.environment  # or the folder of the submission would come first
+    if ":" in str(code.resolve()):
+        raise TlearnError(f"--run {code.parent.parent}: a ':' separates the folders of PYTHONPATH; choose another name")
+    return [
+        "set -e",
+        *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+        *profile.setup,
+        f"export PYTHONPATH={shlex.quote(str(code.resolve()))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{profile.cpus_per_task}}}",
+    ]

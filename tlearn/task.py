@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,9 +13,8 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
 
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
@@ -29,63 +30,61 @@ CULPRIT_S = 10.0
 VERDICT_S = 1800.0
 """So long it then leaves it to Slurm to find out that a node is gone: SlurmdTimeout is 300 s by default."""
 
-_PEERS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""What gloo and NCCL say of a process that is no more."""
 
 
-def train_task(run: str, max_restarts: int, override: bool) -> float:
-    """Train what RUN/slurm/config.yaml says; when told to stop while the job goes on, have it queued again.
-
-    Returns:
-        Val top-1 of the best weights.
-    """
-    place = Path(run) / FOLDER
-    with _first_failure_named(place):
+def train_task(run: str, config: str, max_restarts: int, override: bool) -> None:
+    """Train what a config file says; when told to stop while the job goes on, have it queued again."""
+    with _as_a_rank(Path(run) / FOLDER):
         try:
             with handled_by(stop):
-                os.environ.update(resolved(os.environ))
                 if _rank() == 0:
                     note_start(Path(run), max_restarts)
                 from tlearn.run import train
+                from tlearn.runtime import leave
 
-                result = train(load_config(place / "config.yaml"), run, override=override)
-                top1: float = result["val"]["top1"]
-                return top1
+                train(load_config(config), run, override=override)
+                leave()
         except StoppedBySignalError as stopped:
+            if _rank() > 0 and not is_local(os.environ):
+                _wait_for_the_end(VERDICT_S)  # that rank 0 brings about
             if not _goes_on(stopped.signal):
                 raise
             if _rank() == 0:
-                print(stopped, file=sys.stderr, flush=True)
-            _queue_again()
+                print(f"{str(stopped).partition(';')[0]}; the job is queued again", file=sys.stderr, flush=True)
+            if is_local(os.environ):
+                raise SystemExit(LOCAL_REQUEUE_RETURN_CODE) from None  # submitit's controller starts all of them again
+            subprocess.run(["scontrol", "requeue", job_id(os.environ)], check=True)
+            _wait_for_the_end(VERDICT_S)
 
 
 def examine_task(folder: str) -> None:
     """`tlearn doctor` in a job; rank 0 leaves the report."""
-    with _first_failure_named(Path(folder) / FOLDER), handled_by(stop):
-        os.environ.update(resolved(os.environ))
+    with _as_a_rank(Path(folder) / FOLDER), handled_by(stop):
         from tlearn.doctor import examine
+        from tlearn.files import write_json
+        from tlearn.runtime import leave
 
         report = examine(Path(folder))
         if _rank() == 0:
-            from tlearn.files import write_json
-
             write_json(Path(folder) / "report.json", report)
+        leave()
 
 
 def note_start(run: Path, max_restarts: int) -> None:
     """Add a line to jobs.jsonl.
 
     Raises:
-        TlearnError: the last starts of this job have brought no step.
+        TlearnError: the last starts of this job have brought no checkpoint.
     """
-    from tlearn import checkpoint
-
-    newest = checkpoint.newest(run / "checkpoints")
-    step = checkpoint.read_progress(newest).step if newest else 0
+    # not whether it is whole: that takes long, and is looked at when it is read
+    step = max((int(path.name[5:13]) for path in (run / "checkpoints").glob("step-*")), default=0)
     job = job_id(os.environ)
     earlier = [start for start in read_starts(run) if start["job"] == job]
     row = {
         "job": job,
-        "restart": len(earlier),
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT") or len(earlier)),
         "nodes": os.environ.get("SLURM_JOB_NODELIST") or socket.gethostname(),
         "tasks": int(os.environ.get("WORLD_SIZE") or 1),
         "step": step,
@@ -106,41 +105,38 @@ def _rank() -> int:
 
 
 def _goes_on(signal_name: str | None) -> bool:
-    """Whether the job shall go on: the time limit comes (SIGUSR2), or another one takes its place.
+    """Whether the job is to come again: its time limit comes (SIGUSR2), or another one takes its place.
 
     SIGTERM also comes of `scancel`, and when another rank has failed: then it stays stopped.
     """
     if is_local(os.environ):
-        return signal_name in ("SIGUSR2", None)
+        return signal_name != "SIGTERM"
     fields = slurm_fields(job_id(os.environ))
     preempted = fields.get("PreemptTime", "None") != "None"
-    return fields.get("JobState") == "RUNNING" and (signal_name in ("SIGUSR2", None) or preempted)
-
-
-def _queue_again() -> NoReturn:
-    if is_local(os.environ):
-        raise SystemExit(LOCAL_REQUEUE_RETURN_CODE)  # submitit's controller starts all of them again
-    if _rank() == 0:
-        subprocess.run(["scontrol", "requeue", job_id(os.environ)], check=True)
-    _wait_for_the_end(VERDICT_S)
-    raise SystemExit(1)
+    is_wanted = fields.get("JobState", "RUNNING") == "RUNNING"  # where Slurm does not answer, too
+    if shutil.which("scontrol") is None:
+        print("scontrol is not to be had here (in the container?), by which the job is queued again", file=sys.stderr)
+        return False
+    return is_wanted and (signal_name in ("SIGUSR2", None) or preempted)
 
 
 def _wait_for_the_end(seconds: float) -> None:
     """By Slurm, which ends the tasks of a job that is queued again or has failed."""
     with handled_by(signal.SIG_DFL):
         time.sleep(seconds)
+    raise SystemExit(1)
 
 
 @contextmanager
-def _first_failure_named(place: Path) -> Iterator[None]:
-    """Of ranks that fail because one did, none shall hide what that one had to say.
+def _as_a_rank(place: Path) -> Iterator[None]:
+    """One of several: of ranks that fail because one did, none shall hide what that one had to say.
 
     The first leaves its error in a file before it ends, so before the others can lose it; no clock is compared. Where
     there is no such file a rank was killed: by Slurm's own verdict on the node the job is queued again, or it ends.
     """
-    with handled_by(signal.SIG_IGN):  # submitit's would raise something of their own in the middle of this
+    with handled_by(signal.SIG_IGN):  # submitit's handlers would queue the job again by themselves
         try:
+            os.environ.update(resolved(os.environ))
             yield
         except SystemExit:
             raise
@@ -149,44 +145,48 @@ def _first_failure_named(place: Path) -> Iterator[None]:
 
 
 def _explain(error: BaseException, place: Path) -> int:
-    """Print why this rank ends; its exit code."""
+    """Print why this rank ends, once the others cannot take it for their own fault; its exit code."""
     known = error if isinstance(error, EXPECTED) else refused(error)
     path = failure_file(place, os.environ)
     who = f"rank {_rank()} on {os.environ.get('SLURMD_NODENAME') or socket.gethostname()}"
-    advice = f"go on with: tlearn submit --run {place.parent}"
+    advice = f"go on with: tlearn submit --run {shlex.quote(str(place.parent))}"
+    text = f"{who} failed:\n{f'tlearn: {known}' if known else traceback.format_exc().rstrip()}"
     if isinstance(error, StoppedBySignalError):
-        print(error, file=sys.stderr, flush=True)
-    elif known is not None or not _lost_a_peer(error):
-        _leave(path, f"{who} failed:\n{f'tlearn: {known}' if known else traceback.format_exc()}")
-    elif not _appears(path):
-        print(f"{who} lost another rank, which was killed, or its node is gone: {error}", file=sys.stderr)
-        print(f"Slurm queues the job again if it was the node; else {advice}", file=sys.stderr, flush=True)
-        _wait_for_the_end(VERDICT_S)
+        text = str(error)
+    elif _lost_a_peer(error) and not _appears(path):
+        text = f"{who} lost another rank, which was killed, or its node is gone: {error}"
+        if not is_local(os.environ):
+            print(f"{text}\nSlurm queues the job again if it was the node; else {advice}", file=sys.stderr, flush=True)
+            _wait_for_the_end(VERDICT_S)
+    if not isinstance(error, StoppedBySignalError):
+        _leave(path, text)
     if path.exists():
-        print(f"{path.read_text(encoding='utf-8').rstrip()}\n{advice}", file=sys.stderr, flush=True)
+        text = f"{path.read_text(encoding='utf-8')}\n{advice}"
+    print(text, file=sys.stderr, flush=True)
+    if is_local(os.environ) and not isinstance(error, StoppedBySignalError):
+        os.kill(int(job_id(os.environ)), signal.SIGTERM)  # submitit's controller waits for all; it passes this on
     return known.exit_code if known else 1
 
 
 def _lost_a_peer(error: BaseException) -> bool:
     """Whether a rank failed because another one is gone. gloo raises plain RuntimeErrors."""
-    of_torch = type(error).__name__.startswith("Dist")  # DistBackendError, DistStoreError, ...
-    return isinstance(error, RuntimeError) and (of_torch or any(word in str(error) for word in _PEERS))
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _GONE)
 
 
 def _appears(path: Path) -> bool:
+    """Within CULPRIT_S; by a listing, since NFS remembers for a while that a file was not there."""
     deadline = time.monotonic() + CULPRIT_S
-    while not path.exists() and time.monotonic() < deadline:
+    while path not in path.parent.iterdir():
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.2)
-    return path.exists()
+    return True
 
 
 def _leave(path: Path, text: str) -> None:
     """Write a file unless it is there already: whole or not at all, also on NFS."""
     draft = path.with_name(f".{path.name}.{_rank()}")
-    draft.write_text(text, encoding="utf-8")
-    try:
+    with suppress(OSError):  # also FileExistsError: another rank was first. And the disk itself may be the trouble
+        draft.write_text(text, encoding="utf-8")
         os.link(draft, path)
-    except FileExistsError:
-        pass
-    finally:
-        draft.unlink()
+    draft.unlink(missing_ok=True)

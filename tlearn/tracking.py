@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,7 +63,8 @@ class WandB:
         if mode == "online" and not wandb.login(prompt=False):
             show("W&B: no API key, recording offline (`wandb sync` uploads it later)")
             mode = "offline"
-        self._run = wandb.init(
+        self._teardown = wandb.teardown
+        self._run: Any = wandb.init(
             project=config.tracking.wandb.project,
             dir=folder,
             mode=mode,
@@ -80,12 +83,24 @@ class WandB:
         flat = {key: value for key, value in row.items() if isinstance(value, int | float)}
         flat |= {f"lr/{name}": value for name, value in row.get("lr", {}).items()}
         # W&B leaves out what a resumed run sends again, but not the mark of the start
-        step = max(row["step"], self._run.step) if row["kind"] == "start" else row["step"]
-        self._run.log(flat, step=step)
+        mark = row["kind"] == "start"
+        self._try(lambda run: run.log(flat, step=max(row["step"], run.step) if mark else row["step"]))
 
     def close(self) -> None:
         """Finish the W&B run."""
-        self._run.finish()
+        self._try(lambda run: run.finish())
+
+    def _try(self, use: Callable[[Any], None]) -> None:
+        """W&B's own process is gone, say (`scancel` signals every process of a job): the run goes on without it."""
+        if self._run is None:
+            return
+        try:
+            use(self._run)
+        except Exception as error:  # whatever a client of a far server happens to raise
+            self._run = None
+            show(f"WARNING: W&B is lost ({type(error).__name__}: {error}); metrics.jsonl goes on")
+            with suppress(Exception):  # else it complains once more at the end of the program
+                self._teardown()
 
 
 class Tracker:
