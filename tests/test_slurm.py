@@ -209,8 +209,12 @@ def test_a_job_with_a_hard_life_ends_as_if_nothing_had_happened(
             "--wrap",
             "true",
         )
+    # else it might start again at once, on the spare node and the first of its own that is free
+    wait_for(lambda: state(cluster, job) == "PENDING")
+    slurm(cluster, "scontrol", "hold", job)
+    wait_for(lambda: state(cluster, other.strip()) == "COMPLETED")
+    slurm(cluster, "scontrol", "release", job)
     started(4)
-    assert state(cluster, other.strip()) == "COMPLETED"
     wait_for(reached(folder, 35))
     nodes = slurm(cluster, "squeue", "--noheader", f"--jobs={job}", "--format=%B").strip()
     power_off(cluster, nodes)
