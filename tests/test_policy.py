@@ -40,6 +40,7 @@ PACKAGES = {
         "decode",
         "transforms",
         "shards",
+        "store",
         "workers",
         "loader",
         "scan",

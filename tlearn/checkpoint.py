@@ -69,6 +69,8 @@ class Progress:
     """Options that were changed on the way, with --override."""
     data_fingerprint: str = ""
     """Of the prepared data: a run goes on with the same images only."""
+    features: dict[str, str] = field(default_factory=dict)
+    """By stage: `cached`, or why its frozen layers compute in every step. A run that goes on does the same."""
     wandb_id: str | None = None
     """Of the W&B run that a resumed run continues."""
 

@@ -40,6 +40,15 @@ class ResumeMode(StrEnum):
     must = "must"
 
 
+class Classifier(StrEnum):
+    """What is fitted to features."""
+
+    linear = "linear"
+    logreg = "logreg"
+    svm = "svm"
+    knn = "knn"
+
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 NprocOption = Annotated[
     int | None,
@@ -265,6 +274,32 @@ def cancel(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     from tlearn.jobs import cancel as end
 
     typer.echo(f"job {end(run)} is cancelled; go on with: tlearn submit --run {run}")
+
+
+@app.command()
+def probe(
+    data: Annotated[Path, typer.Argument(help="Prepared data, or a folder of class folders.")],
+    options: Annotated[list[str] | None, typer.Argument(help="[a.b=c ...]", show_default=False)] = None,
+    backbone: Annotated[list[str] | None, typer.Option(help="One or more.", show_default="timm:resnet18")] = None,
+    classifier: Annotated[Classifier, typer.Option(help="Of the features.")] = Classifier.linear,
+    as_json: JsonFlag = False,
+) -> None:
+    """How well do frozen features separate the classes? Chosen by cross-validation on train, scored once on val."""
+    from tlearn.configfile import load_config
+    from tlearn.console import print_result
+    from tlearn.probe import probe as run
+    from tlearn.tables import probe_table
+
+    file, overrides = _split_arguments(options or [])
+    if file is not None:
+        raise TlearnError(f"{file}: probe takes options as a.b=c only")
+    models = [[f"model.backbone={name}"] for name in backbone or []] or [[]]
+    configs = [load_config(None, [f"data.path={data}", *overrides, *model]) for model in models]
+    rows = [run(config, classifier.value) for config in configs]
+    if as_json:
+        _print_json(rows)
+    else:
+        print_result(probe_table(rows))
 
 
 @app.command()

@@ -33,6 +33,9 @@ class Augment(Section):
     """Aspect ratio (width / height) of a random crop, (smallest, largest)."""
     hflip: float = Field(0.5, ge=0, le=1)
     """Probability of a left-right flip; 0 where left and right differ in meaning (digits, text, signs)."""
+    views: int | None = Field(None, ge=1, le=1000)
+    """So many changed versions of every image, in turn, epoch by epoch; 1: the image as evaluation sees it, unchanged.
+    Default: a new one in every epoch. With few views frozen layers need not run again (`features.cache`)."""
 
     @field_validator("scale", "ratio")
     @classmethod
@@ -197,6 +200,20 @@ class Stage(Section):
     """Default: the run's `schedule`."""
     image_size: int | None = Field(None, ge=16, le=2048)
     """Training size of this stage, px. Default: `data.image_size`, at which every stage is evaluated."""
+    views: int | None = Field(None, ge=1, le=1000)
+    """Default: `data.augment.views`."""
+
+
+class Features(Section):
+    """What frozen layers give, which is the same for the same picture in every epoch: computed once, and stored."""
+
+    cache: Literal["auto", "on", "off"] = "auto"
+    """auto: in stages whose first layers are frozen and whose images come again (`views`), where it pays and fits; on:
+    in all that have frozen layers, or an error that says why not; off: every layer computes in every step."""
+    max_gib: float = Field(20.0, gt=0)
+    """Largest size of all that is stored, over all runs; what was not used longest goes first."""
+    dtype: Literal["auto", "bf16"] = "auto"
+    """auto: as the layers give them; bf16: half the size of fp32, rounded to 3 digits."""
 
 
 class Objective(Section):
@@ -292,6 +309,8 @@ class Config(Section):
     """For stages that name no other."""
     schedule: Schedule = Cosine()
     """For stages that name no other."""
+    features: Features = Features()
+    """The outputs of frozen layers, stored."""
     objective: Objective = Objective()
     """What is minimised."""
     batch: Batch = Batch()
@@ -340,6 +359,10 @@ class Config(Section):
                 raise ValueError("data.max_train and data.max_val need an index; set data.stream.train_samples instead")
             if self.objective.class_weight != "none":
                 raise ValueError("objective.class_weight needs counts from an index; data.reader: stream has none")
+            if data.augment.views is not None or any(stage.views for stage in self.stages or []):
+                raise ValueError("views need an index; data.reader: stream draws new crops in every epoch")
+            if self.features.cache == "on":
+                raise ValueError("features.cache: on needs an index; data.reader: stream has none")
         return self
 
     @model_validator(mode="after")

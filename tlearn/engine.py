@@ -19,12 +19,13 @@ from tlearn.data.loader import Batch, Share, Steps
 from tlearn.data.order import mix
 from tlearn.errors import StoppedBySignalError
 from tlearn.evaluate import evaluate
+from tlearn.features import Inputs
 from tlearn.folder import RunFolder
 from tlearn.ledger import Ledger
 from tlearn.models.build import Model
 from tlearn.objectives import LossSum, Objective
 from tlearn.optim import build_optimizer, load_named_state, lr_factor, named_state, set_learning_rates
-from tlearn.replicas import average_statistics, check_replicas, find_micro_batch, warm_up
+from tlearn.replicas import average_statistics, blank_batch, check_replicas, find_micro_batch, warm_up
 from tlearn.runtime import Runtime
 from tlearn.saver import Saver
 from tlearn.tracking import Tracker
@@ -38,8 +39,8 @@ class Run:
     runtime: Runtime
     folder: RunFolder
     classes: tuple[str, ...]
-    train_loader: Callable[[int, Share], Steps]
-    """(image size in px, share) -> the training images of a stage."""
+    train_loader: Callable[[int, Share, int | None], Steps]
+    """(image size in px, share, views) -> the training images of a stage."""
     val_loader: Steps
     train_images: int
     share: Share
@@ -48,6 +49,16 @@ class Run:
     tracker: Tracker
     saver: Saver
     progress: Progress
+
+    def images(self, stage: Stage) -> Inputs:
+        """What a stage is fed where every layer computes in every step."""
+        size_px, views = stage.image_size, stage.views
+        assert size_px is not None
+        return Inputs(
+            train=lambda share: self.train_loader(size_px, share, views),
+            val=self.val_loader,
+            blank=lambda n: blank_batch(self.runtime, n, size_px),
+        )
 
 
 class Shell(nn.Module):
@@ -64,13 +75,19 @@ class Shell(nn.Module):
 
 
 def run_stage(
-    run: Run, stage: Stage, multipliers: Mapping[str, float], first_epoch: int, optimizer_state: Tensors
+    run: Run,
+    stage: Stage,
+    inputs: Inputs,
+    multipliers: Mapping[str, float],
+    first_epoch: int,
+    optimizer_state: Tensors,
 ) -> dict[str, torch.Tensor]:
     """Train one stage from `run.progress` to its end.
 
     Args:
-        run: model, data and progress; changed in place.
-        stage: with optimizer, schedule and image size filled in.
+        run: model, as `set_trainable` left it, and progress; changed in place.
+        stage: with optimizer and schedule filled in.
+        inputs: images, or what the frozen layers make of them.
         multipliers: learning-rate multiplier of every parameter, 0 where it is frozen.
         first_epoch: epochs of the stages before.
         optimizer_state: by parameter name, of the stage before or of a checkpoint.
@@ -86,19 +103,17 @@ def run_stage(
     """
     assert stage.optimizer is not None
     assert stage.schedule is not None
-    assert stage.image_size is not None
     config, runtime, model, progress = run.config, run.runtime, run.model, run.progress
-    model.set_trainable(multipliers)
     check_replicas(runtime, model.net, f"at the start of stage {stage.name}")
     optimizer = build_optimizer(stage.optimizer, model.net, multipliers)
     load_named_state(optimizer, optimizer_state)
     shell, stepper = runtime.prepare(Shell(run.objective), optimizer)
     runtime.load_scaler(progress.scaler)
     model.net.eval()  # the next two lines must not move statistics
-    share = _fitting_share(run, shell, optimizer, stage) if config.batch.find else run.share
-    warm_up(runtime, shell, optimizer, stage.image_size)
+    share = _fitting_share(run, shell, optimizer, stage.name, inputs) if config.batch.find else run.share
+    warm_up(runtime, shell, optimizer, inputs.blank(1))
     statistics = model.moving_statistics
-    loader = run.train_loader(stage.image_size, share)
+    loader = inputs.train(share)
     total = stage.epochs * loader.steps_per_epoch
     ledger = Ledger(runtime, run.objective, run.tracker, progress, stage.name, run.saver, audit=config.run.audit)
     started = time.perf_counter()
@@ -114,7 +129,7 @@ def run_stage(
         ledger.pause()
         model.train()
         if epoch_is_over():  # the run ended between the last step of an epoch and its evaluation
-            _finish_epoch(run, ledger, stage, first_epoch)
+            _finish_epoch(run, ledger, inputs.val, stage, first_epoch)
         for micro_batches in steps:
             epoch = progress.stage_step / loader.steps_per_epoch
             lr = stage.optimizer.lr * lr_factor(stage.schedule, epoch, stage.epochs)
@@ -127,7 +142,7 @@ def run_stage(
             if ledger.save_due or run.saver.is_due(progress, loader.steps_per_epoch):
                 _save(run, ledger, optimizer)
             if epoch_is_over():
-                _finish_epoch(run, ledger, stage, first_epoch)
+                _finish_epoch(run, ledger, inputs.val, stage, first_epoch)
     run.tracker.log(
         {
             "kind": "stage",
@@ -145,15 +160,14 @@ def run_stage(
     return named_state(optimizer)
 
 
-def _fitting_share(run: Run, shell: nn.Module, optimizer: torch.optim.Optimizer, stage: Stage) -> Share:
+def _fitting_share(run: Run, shell: nn.Module, optimizer: torch.optim.Optimizer, stage: str, inputs: Inputs) -> Share:
     """The run's share of a batch in micro-batches that fit the memory of every process."""
-    assert stage.image_size is not None
     largest = run.share.largest_part(run.train_images)
-    found = find_micro_batch(run.runtime, shell, optimizer, largest, stage.image_size)
+    found = find_micro_batch(run.runtime, shell, optimizer, largest, inputs.blank)
     share = run.share.in_parts_of(found, run.train_images)
-    share.check(run.train_images, stage.name, run.model.smallest_batch)
+    share.check(run.train_images, stage, run.model.smallest_batch)
     if found < largest:
-        show(f"batch.find: {stage.image_size} px fit the memory in micro-batches of {found}")
+        show(f"batch.find: stage {stage} fits the memory in micro-batches of {found}")
     return share
 
 
@@ -197,13 +211,13 @@ def _train_step(
     return runtime.sum(sums)
 
 
-def _finish_epoch(run: Run, ledger: Ledger, stage: Stage, first_epoch: int) -> None:
+def _finish_epoch(run: Run, ledger: Ledger, val_loader: Steps, stage: Stage, first_epoch: int) -> None:
     """Evaluate, log the epoch, keep the best weights."""
     ledger.settle()
     progress, size_px = run.progress, run.model.preprocessing.size_px
     epoch = first_epoch + progress.stage_epochs
     check_replicas(run.runtime, run.model.net, f"after epoch {epoch + 1}")
-    val = evaluate(run.runtime, run.model.net, run.val_loader, run.classes)
+    val = evaluate(run.runtime, run.model.net, val_loader, run.classes)
     run.model.train()
     sums, progress.epoch_sums = progress.epoch_sums, {}
     loss = sums["loss"] / sums["weight"] if sums else None  # none: every step was rejected

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -63,7 +64,7 @@ def average_statistics(runtime: Runtime, buffers: Sequence[torch.Tensor]) -> Non
         buffer.copy_(mean.view_as(buffer))
 
 
-def warm_up(runtime: Runtime, shell: nn.Module, optimizer: torch.optim.Optimizer, size_px: int) -> None:
+def warm_up(runtime: Runtime, shell: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     """One forward and backward with a loss of zero after every wrap.
 
     DDP orders its buckets anew after the first backward, which changes the rounding of sums over three or more ranks:
@@ -72,11 +73,12 @@ def warm_up(runtime: Runtime, shell: nn.Module, optimizer: torch.optim.Optimizer
 
     Args:
         shell: prepared, its model in eval mode.
+        batch: of one sample.
 
     Raises:
         TlearnError: trainable parameters without gradient.
     """
-    runtime.accelerator.backward(shell(blank_batch(runtime, 1, size_px)).loss * 0)
+    runtime.accelerator.backward(shell(batch).loss * 0)
     missing = [
         name
         for group in optimizer.param_groups
@@ -92,7 +94,7 @@ def warm_up(runtime: Runtime, shell: nn.Module, optimizer: torch.optim.Optimizer
 
 
 def find_micro_batch(
-    runtime: Runtime, shell: nn.Module, optimizer: torch.optim.Optimizer, largest: int, size_px: int
+    runtime: Runtime, shell: nn.Module, optimizer: torch.optim.Optimizer, largest: int, blank: Callable[[int], Batch]
 ) -> int:
     """The largest micro-batch, halving from `largest`, of which a step fits the memory of every process.
 
@@ -101,22 +103,20 @@ def find_micro_batch(
     """
     size = largest
     while size:
-        if (
-            runtime.sum(torch.tensor(float(not _fits(runtime, shell, optimizer, size, size_px)), device=runtime.device))
-            == 0
-        ):
+        failed = float(not _fits(runtime, shell, optimizer, partial(blank, size)))
+        if runtime.sum(torch.tensor(failed, device=runtime.device)) == 0:
             return size
         size //= 2
-    raise TlearnError(f"batch.find: not even one image of {size_px} px fits the memory; use a smaller data.image_size")
+    raise TlearnError("batch.find: not even one image fits the memory; use a smaller data.image_size")
 
 
-def _fits(runtime: Runtime, shell: nn.Module, optimizer: torch.optim.Optimizer, size: int, size_px: int) -> bool:
+def _fits(runtime: Runtime, shell: nn.Module, optimizer: torch.optim.Optimizer, blank: Callable[[], Batch]) -> bool:
     """Try a step beside the optimizer's state to come, without communication: another rank may run out of memory."""
     state: list[torch.Tensor] = []
     try:
         state += [torch.zeros_like(parameter) for parameter in state_to_come(optimizer)]
         with runtime.accelerator.no_sync(shell):
-            runtime.accelerator.backward(shell(blank_batch(runtime, size, size_px)).loss * 0)
+            runtime.accelerator.backward(shell(blank()).loss * 0)
     except RuntimeError as error:
         out_of_memory = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
         if not out_of_memory and "CUBLAS_STATUS_ALLOC_FAILED" not in str(error):

@@ -16,6 +16,7 @@ from tlearn.data.source import Source, open_source
 from tlearn.engine import Run, run_stage
 from tlearn.errors import StoppedBySignalError, TlearnError
 from tlearn.evaluate import evaluate
+from tlearn.features import stored_inputs
 from tlearn.files import write_json
 from tlearn.folder import Resume, RunFolder
 from tlearn.models.backbones import full_name
@@ -98,7 +99,9 @@ def train(
             for number, (stage, multipliers) in enumerate(zip(stages, plan, strict=True)):
                 if number >= progress.stage:
                     first_epoch = sum(s.epochs for s in stages[:number])
-                    optimizer_state = run_stage(run, stage, multipliers, first_epoch, optimizer_state)
+                    model.set_trainable(multipliers)
+                    with stored_inputs(config, runtime, model, source, progress, stage, run.images(stage)) as inputs:
+                        optimizer_state = run_stage(run, stage, inputs, multipliers, first_epoch, optimizer_state)
             runtime.on_main(run.saver.wait)
             result = _result(run, source)
             if runtime.is_main:
@@ -135,7 +138,9 @@ def _run(
         runtime=runtime,
         folder=place,
         classes=source.classes,
-        train_loader=lambda size_px, share: source.train_loader(model.sized(size_px), share, **loading),
+        train_loader=lambda size_px, share, views: source.train_loader(
+            model.sized(size_px), share, views=views, **loading
+        ),
         val_loader=source.eval_loader("val", model.preprocessing, share.for_evaluation(), **loading),
         train_images=source.sizes["train"],
         share=share,

@@ -84,7 +84,7 @@ def expand(config: Config) -> Config:
 
 
 def filled(config: Config) -> list[Stage]:
-    """The stages, each with its optimizer, schedule and image size: its own or the run's.
+    """The stages, each with its optimizer, schedule, image size and views: its own or the run's.
 
     Raises:
         TlearnError: a warm-up that is longer than its stage.
@@ -95,6 +95,7 @@ def filled(config: Config) -> list[Stage]:
                 "optimizer": stage.optimizer or config.optimizer,
                 "schedule": stage.schedule or config.schedule,
                 "image_size": stage.image_size or config.data.image_size,
+                "views": stage.views or config.data.augment.views,
             }
         )
         for stage in expand(config).stages or []

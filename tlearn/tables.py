@@ -57,6 +57,26 @@ def scores_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+def probe_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a backbone."""
+    columns = ("backbone", "px", "features", "classifier", "options", "cv top-1", "val top-1", "95 % interval", "s")
+    table = _table(f"probe of {rows[0]['val/n']:,} val images; largest class {rows[0]['largest_class']:.1%}", *columns)
+    for row in rows:
+        low, high = row["val/top1_interval95"]
+        table.add_row(
+            row["backbone"],
+            str(row["image_size_px"]),
+            str(row["features"]),
+            row["classifier"],
+            ", ".join(f"{key} {value:g}" for key, value in row["options"].items()),
+            f"{row['cv/top1']:.1%}",
+            f"{row['val/top1']:.1%}",
+            f"{low:.1%} to {high:.1%}",
+            f"{row['seconds']:.1f}",
+        )
+    return table
+
+
 def show_result(folder: Path, result: Mapping[str, Any]) -> None:
     """The end of a run."""
     show(scores_table(result))

@@ -7,9 +7,10 @@ depend on the number of workers, and starting at step k reads nothing of the ste
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -51,7 +52,7 @@ class Batch:
     """One rank's part of a micro-batch of a global batch of B samples."""
 
     images: torch.Tensor
-    """(b, 3, S, S), normalised, on the device."""
+    """(b, 3, S, S), normalised, on the device; or what the frozen beginning of the network makes of them."""
     labels: torch.Tensor
     """(b,) int64, on the device."""
     keys: torch.Tensor
@@ -155,9 +156,11 @@ class Positions:
 class MicroBatches(Dataset[Any]):
     """Map-style data set from a Position to tensors; lives in the loader workers."""
 
-    def __init__(self, split: Split, order: Order, transform: Transform, share: Share, seed: int, size_px: int) -> None:
+    def __init__(
+        self, split: Split, order: Order, transform: Transform, share: Share, seed: int, size_px: int, views: int | None
+    ) -> None:
         self.split, self.order, self.transform, self.share = split, order, transform, share
-        self.seed, self.size_px = seed, size_px
+        self.seed, self.size_px, self.views = seed, size_px, views
 
     def __getitem__(self, at: Position) -> tuple[torch.Tensor, ...] | TlearnError:
         try:
@@ -171,15 +174,20 @@ class MicroBatches(Dataset[Any]):
         everyones = self.order(at.epoch, start, stop)
         samples = everyones[mine[0] - start : mine[1] - start]
         rows = self.split.rows[samples]
-        images = np.empty((len(samples), 3, self.size_px, self.size_px), dtype=np.uint8)
-        for j, (i, key) in enumerate(zip(samples.tolist(), rows["key"].tolist(), strict=True)):
-            images[j] = self._image(i, mix(self.seed, at.epoch, key))
         return (
-            torch.from_numpy(images),
+            self._inputs(samples, at.epoch % self.views if self.views else at.epoch),
             torch.from_numpy(rows["label"].astype(np.int64)),
             torch.from_numpy(rows["key"].astype(np.uint64).view(np.int64)),
             torch.from_numpy(self.split.rows["label"][everyones].astype(np.int64)),
         )
+
+    def _inputs(self, samples: Array, view: int) -> torch.Tensor:
+        """What the network is given of these samples: (b, 3, S, S) uint8."""
+        images = np.empty((len(samples), 3, self.size_px, self.size_px), dtype=np.uint8)
+        keys = self.split.rows["key"][samples]
+        for j, (i, key) in enumerate(zip(samples.tolist(), keys.tolist(), strict=True)):
+            images[j] = self._image(i, mix(self.seed, view, key))
+        return torch.from_numpy(images)
 
     def _image(self, i: int, seed: int) -> Pixels:
         try:
@@ -194,37 +202,26 @@ class Loader:
     """Iterates over steps of an epoch order.
 
     Args:
-        split: where the samples lie.
-        order: position in an epoch -> sample index.
-        transform: bytes, seed -> (3, S, S) uint8.
-        preprocessing: normalisation.
-        share: this rank's part.
-        seed: of the augmentation.
+        dataset: makes the micro-batches.
+        finish: inputs as the data set gives them, on the device -> as the network takes them.
         device: where batches go.
-        dtype: of the images.
         workers: processes; 0: decode here.
         keep_workers: from one pass to the next.
     """
 
     def __init__(
         self,
-        split: Split,
-        order: Order,
-        transform: Transform,
-        preprocessing: Preprocessing,
-        share: Share,
+        dataset: MicroBatches,
+        finish: Callable[[torch.Tensor], torch.Tensor],
         *,
-        seed: int,
         device: torch.device,
-        dtype: torch.dtype,
         workers: int,
         keep_workers: bool = False,
     ) -> None:
         self.fetcher = Fetcher(device, keep=keep_workers)
-        self.dataset = MicroBatches(split, order, transform, share, seed, preprocessing.size_px)
-        self.preprocessing, self.device, self.dtype, self.workers = preprocessing, device, dtype, workers
-        self.steps_per_epoch = steps_per_epoch(len(order), share.batch_size)
-        self.samples_per_epoch = len(order)
+        self.dataset, self.finish, self.device, self.workers = dataset, finish, device, workers
+        self.steps_per_epoch = steps_per_epoch(len(dataset.order), dataset.share.batch_size)
+        self.samples_per_epoch = len(dataset.order)
 
     @contextmanager
     def steps(self, first: int, last: int, first_epoch: int = 0) -> Iterator[Iterator[list[Batch]]]:
@@ -233,7 +230,7 @@ class Loader:
         positions = Positions(first, last, first_epoch, self.steps_per_epoch, accumulate)
         workers = min(self.workers, len(positions))
         with self.fetcher.fetch(self.dataset, positions, workers) as batches:
-            yield grouped((to_batch(t, self.preprocessing, self.device, self.dtype) for t in batches), accumulate)
+            yield grouped((to_batch(t, self.finish, self.device) for t in batches), accumulate)
 
     def close(self) -> None:
         """See `Steps`."""
@@ -306,13 +303,13 @@ def grouped(batches: Iterator[Batch], accumulate: int) -> Iterator[list[Batch]]:
 
 
 def to_batch(
-    tensors: tuple[torch.Tensor, ...], preprocessing: Preprocessing, device: torch.device, dtype: torch.dtype
+    tensors: tuple[torch.Tensor, ...], finish: Callable[[torch.Tensor], torch.Tensor], device: torch.device
 ) -> Batch:
-    """Images (b, 3, S, S) uint8, labels, keys and global labels as a data set gives them -> a batch on the device."""
-    images, labels, keys, global_labels = tensors
-    images = images.to(device, non_blocking=True)
+    """Inputs, labels, keys and global labels as a data set gives them -> a batch on the device."""
+    inputs, labels, keys, global_labels = tensors
+    inputs = inputs.to(device, non_blocking=True)
     labels = labels.to(device, non_blocking=True)
-    return Batch(normalise(images, preprocessing, dtype), labels, keys, global_labels)
+    return Batch(finish(inputs), labels, keys, global_labels)
 
 
 def _init_worker(worker: int) -> None:
@@ -330,11 +327,20 @@ def train_loader(
     device: torch.device,
     dtype: torch.dtype,
     workers: int,
+    views: int | None = None,
 ) -> Loader:
     """Augmented images in a shuffled order, both functions of (seed, epoch)."""
-    transform = TrainTransform(preprocessing, augment.scale, augment.ratio, augment.hflip)
-    order = ShuffledOrder(split.shard_sizes(), seed)
-    return Loader(split, order, transform, preprocessing, share, seed=seed, device=device, dtype=dtype, workers=workers)
+    transform, order = train_transform(preprocessing, augment, views), ShuffledOrder(split.shard_sizes(), seed)
+    dataset = MicroBatches(split, order, transform, share, seed, preprocessing.size_px, views)
+    finish = partial(normalise, preprocessing=preprocessing, dtype=dtype)
+    return Loader(dataset, finish, device=device, workers=workers)
+
+
+def train_transform(preprocessing: Preprocessing, augment: Augment, views: int | None) -> Transform:
+    """What training sees of an image; a single view is what evaluation sees."""
+    if views == 1:
+        return EvalTransform(preprocessing)
+    return TrainTransform(preprocessing, augment.scale, augment.ratio, augment.hflip)
 
 
 def eval_loader(
@@ -348,15 +354,6 @@ def eval_loader(
 ) -> Loader:
     """Every image once, as it is, in the order of the shards."""
     transform, order = EvalTransform(preprocessing), SequentialOrder(len(split))
-    return Loader(
-        split,
-        order,
-        transform,
-        preprocessing,
-        share,
-        seed=0,
-        device=device,
-        dtype=dtype,
-        workers=workers,
-        keep_workers=True,
-    )
+    dataset = MicroBatches(split, order, transform, share, 0, preprocessing.size_px, None)
+    finish = partial(normalise, preprocessing=preprocessing, dtype=dtype)
+    return Loader(dataset, finish, device=device, workers=workers, keep_workers=True)

@@ -91,6 +91,20 @@ class ShuffledOrder:
         return samples[permutation(len(samples), mix(self.seed, epoch, window + 1))]
 
 
+class ListedOrder:
+    """Given sample indices, the same in every epoch."""
+
+    def __init__(self, samples: Array) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __call__(self, epoch: int, start: int, stop: int) -> Array:
+        """Sample indices at positions [start, stop)."""
+        return self.samples[start:stop]
+
+
 class SequentialOrder:
     """Every sample at its own position: evaluation."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -10,10 +11,11 @@ import numpy.typing as npt
 import torch
 
 from tlearn.config import Config
-from tlearn.data.loader import Share, Steps, eval_loader, train_loader
+from tlearn.data.loader import Loader, MicroBatches, Share, Steps, eval_loader, train_loader, train_transform
+from tlearn.data.order import Array, ListedOrder
 from tlearn.data.prepare import open_or_prepare
 from tlearn.data.stream import GIVEN_UP, StreamLoader, open_shards
-from tlearn.data.transforms import EvalTransform, Preprocessing, TrainTransform
+from tlearn.data.transforms import EvalTransform, Preprocessing, TrainTransform, normalise
 from tlearn.errors import TlearnError
 
 
@@ -29,7 +31,9 @@ class Source(Protocol):
     """Train images per class; None where nobody has counted them."""
     warning: str | None
 
-    def train_loader(self, p: Preprocessing, share: Share, device: torch.device, dtype: torch.dtype) -> Steps:
+    def train_loader(
+        self, p: Preprocessing, share: Share, device: torch.device, dtype: torch.dtype, views: int | None = None
+    ) -> Steps:
         """Augmented train images in a random order."""
 
     def eval_loader(
@@ -60,7 +64,9 @@ class Indexed:
         leaks = index.meta["leaks"]
         self.warning = f"{leaks} leaks were found in the data; see {index.root / 'audit.json'}" if leaks else None
 
-    def train_loader(self, p: Preprocessing, share: Share, device: torch.device, dtype: torch.dtype) -> Steps:
+    def train_loader(
+        self, p: Preprocessing, share: Share, device: torch.device, dtype: torch.dtype, views: int | None = None
+    ) -> Steps:
         """See `Source`."""
         data = self.data
         return train_loader(
@@ -72,6 +78,7 @@ class Indexed:
             device=device,
             dtype=dtype,
             workers=data.workers,
+            views=views,
         )
 
     def eval_loader(
@@ -79,6 +86,22 @@ class Indexed:
     ) -> Steps:
         """See `Source`."""
         return eval_loader(self.splits[split], p, share, device=device, dtype=dtype, workers=self.data.workers)
+
+    def listed_loader(
+        self,
+        split: str,
+        rows: Array,
+        views: int,
+        p: Preprocessing,
+        share: Share,
+        device: torch.device,
+        dtype: torch.dtype,
+        workers: int,
+    ) -> Loader:
+        """These samples of a split in this order, as training (in epoch V: view V) or evaluation sees them."""
+        transform = train_transform(p, self.data.augment, views) if split == "train" else EvalTransform(p)
+        dataset = MicroBatches(self.splits[split], ListedOrder(rows), transform, share, self.seed, p.size_px, views)
+        return Loader(dataset, partial(normalise, preprocessing=p, dtype=dtype), device=device, workers=workers)
 
 
 class Streamed:
@@ -100,8 +123,11 @@ class Streamed:
         patterns = {"train": config.data.path, "val": stream.val}
         self.shards = {name: open_shards(pattern, len(self.classes)) for name, pattern in patterns.items()}
 
-    def train_loader(self, p: Preprocessing, share: Share, device: torch.device, dtype: torch.dtype) -> Steps:
+    def train_loader(
+        self, p: Preprocessing, share: Share, device: torch.device, dtype: torch.dtype, views: int | None = None
+    ) -> Steps:
         """See `Source`."""
+        assert views is None
         a = self.data.augment
         return self._loader("train", TrainTransform(p, a.scale, a.ratio, a.hflip), p, share, device, dtype, self.seed)
 

@@ -12,6 +12,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from tlearn.data.decode import FORMATS, UnreadableImageError
 from tlearn.data.loader import Batch, Fetcher, Positions, Share, Transform, grouped, to_batch
 from tlearn.data.order import batch_range, mix, permutation, steps_per_epoch
-from tlearn.data.transforms import Preprocessing
+from tlearn.data.transforms import Preprocessing, normalise
 from tlearn.errors import TlearnError
 
 GIVEN_UP = (
@@ -159,7 +160,8 @@ class StreamLoader:
                 self.shards, self.transform, self.share, size_px, positions, self.samples_per_epoch, self.seed
             )
         with self.fetcher.fetch(dataset, None, self.workers) as batches:
-            yield grouped((to_batch(t, self.preprocessing, self.device, self.dtype) for t in batches), accumulate)
+            finish = partial(normalise, preprocessing=self.preprocessing, dtype=self.dtype)
+            yield grouped((to_batch(t, finish, self.device) for t in batches), accumulate)
 
     def close(self) -> None:
         """See `loader.Steps`."""

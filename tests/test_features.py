@@ -1,0 +1,360 @@
+"""Frozen layers run once: where a network is cut, what is stored, and that training notices nothing of it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_distributed import rows, weights
+from torch import nn
+
+from tlearn import features
+from tlearn.config import Config, Rule, Stage
+from tlearn.configfile import load_config
+from tlearn.data import store
+from tlearn.data.decode import UnreadableImageError
+from tlearn.data.loader import Share
+from tlearn.data.source import open_source
+from tlearn.data.store import Store
+from tlearn.data.transforms import EvalTransform, Preprocessing
+from tlearn.errors import StoppedBySignalError, TlearnError
+from tlearn.launch import run_ranks
+from tlearn.models.build import Model, build_model
+from tlearn.models.cut import NoCutError, find_cut, fingerprint, outputs, rest_only
+from tlearn.run import train
+from tlearn.stages import resolve
+from tlearn.tracking import Tracker
+
+MakeConfig = Callable[..., Config]
+
+HEAD: list[Rule] = [("head", 1.0), (".*", 0.0)]
+LAST: list[Rule] = [("head", 1.0), ("last:1", 1.0), (".*", 0.0)]
+
+STAGES = (
+    "stages=[{name: head, epochs: 4, train: [[head, 1.0], ['.*', 0]], views: 2},"
+    "{name: last, epochs: 4, train: [[head, 1.0], ['last:1', 0.5], ['.*', 0]], views: 3},"
+    "{name: all, epochs: 1, train: [['.*', 1.0]]}]"
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Empty, and its own for each test."""
+    monkeypatch.setenv("TLEARN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "features"
+
+
+# the cut
+
+
+def built(backbone: str, rules: list[Rule], px: int) -> Model:
+    torch.manual_seed(0)
+    options = ["data.path=x", f"model.backbone={backbone}", "model.weights=random", f"data.image_size={px}"]
+    model = build_model(load_config(None, options), 5, None)
+    names = [name for name, _ in model.net.named_parameters()]
+    model.set_trainable(resolve(Stage(name="s", epochs=1, train=rules), names, model.head, model.blocks))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("backbone", "px", "head", "last"),
+    [
+        ("resnet18", 64, "global_pool", "layer3"),
+        ("tf_efficientnet_lite0", 64, "global_pool", "blocks.5"),
+        ("test_vit", 160, "head_drop", "blocks.4"),
+        ("convnext_atto", 64, "head.drop", "stages.2"),
+        ("densenet121", 64, "head_drop", "features.transition3"),
+        ("coatnet_nano_rw_224", 224, "head.drop", "stages.2"),  # a shortcut goes around its last frozen layer
+        ("torchvision:vgg11", 64, "classifier.4", "features.17"),  # dropout in front of the head
+        ("torchvision:swin_t", 64, "flatten", "features.6"),  # stochastic depth in what trains
+        ("torchvision:mobilenet_v3_small", 64, "classifier.1", "features.11"),
+    ],
+)
+def test_what_is_behind_the_cut_computes_what_the_whole_does(backbone: str, px: int, head: str, last: str) -> None:
+    images = torch.randn(3, 3, px, px)
+    for rules, expected in ((HEAD, head), (LAST, last)):
+        model = built(backbone, rules, px)
+        nn.init.normal_(model.net.get_submodule(model.head).weight)
+        before = {name: tensor.clone() for name, tensor in model.net.state_dict().items()}
+        cut = find_cut(model, images[:2])
+        assert cut.name == expected
+        for name, tensor in model.net.state_dict().items():
+            assert torch.equal(tensor, before[name]), name  # the trial leaves no trace
+        for mode in (model.train, model.net.eval):
+            mode()
+            torch.manual_seed(1)
+            whole = model.net(images)
+            given = outputs(model.net, cut, images)
+            assert given.shape == (3, *cut.shape)
+            torch.manual_seed(1)
+            with rest_only(model.net, cut):
+                rest = model.net(given)
+            torch.testing.assert_close(rest, whole, rtol=1e-4, atol=1e-5)
+        whole = model.net(images)  # as it was
+        torch.testing.assert_close(whole, rest, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gain_that_begins_at_zero_hides_no_second_way() -> None:
+    model = built("nfnet_l0", LAST, 64)  # whose branches are multiplied by zero at first
+    assert find_cut(model, torch.randn(2, 3, 64, 64)).name == "stages.3.0.act1"
+
+
+def test_where_position_embeddings_train_there_is_no_cut() -> None:
+    with pytest.raises(NoCutError):
+        find_cut(built("test_vit", [("head", 1.0), ("pos_embed", 1.0), (".*", 0.0)], 160), torch.randn(2, 3, 160, 160))
+
+
+def test_the_fingerprint_is_of_what_is_in_front_of_the_cut() -> None:
+    model = built("test_vit", LAST, 160)
+    cut = find_cut(model, torch.randn(2, 3, 160, 160))
+    before, state = fingerprint(model.net, cut), model.net.state_dict()
+    state["blocks.5.norm1.bias"].add_(1)
+    assert fingerprint(model.net, cut) == before
+    for name in ("blocks.4.norm1.bias", "pos_embed"):
+        state[name].add_(1)
+        after = fingerprint(model.net, cut)
+        assert after != before
+        before = after
+
+
+# the store
+
+
+def test_a_row_is_whole_or_missing(tmp_path: Path) -> None:
+    subject = Store(tmp_path / "s", 6, (2, 3), torch.bfloat16)
+    subject.allocate()
+    subject.open()
+    assert subject.missing(0, 6).tolist() == [0, 1, 2, 3, 4, 5]
+    values = torch.randn(4, 2, 3).bfloat16()
+    subject.write(np.array([5, 0, 1, 3]), values)
+    assert torch.equal(subject.read(np.array([0, 5])), values[[1, 0]])
+    assert subject.missing(0, 6).tolist() == [2, 4]
+    subject.flush()
+    with (tmp_path / "s.rows").open("r+b") as file:
+        file.seek(3 * subject.row_bytes + 5)
+        byte = file.read(1)
+        file.seek(3 * subject.row_bytes + 5)
+        file.write(bytes([byte[0] ^ 1]))
+    again = Store(tmp_path / "s", 6, (2, 3), torch.bfloat16)
+    again.allocate()  # it is there
+    again.open()
+    assert again.missing(1, 6).tolist() == [2, 3, 4]
+
+
+# views
+
+
+def test_views_come_again_and_a_single_one_is_what_evaluation_sees(tiny: MakeConfig) -> None:
+    source, p = open_source(tiny()), Preprocessing(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+    def seen(views: int | None, epoch: int) -> dict[int, torch.Tensor]:
+        loader = source.train_loader(p, Share(64), torch.device("cpu"), torch.float32, views)
+        with loader.steps(0, loader.steps_per_epoch, epoch) as steps:
+            batches = [batch for (batch,) in steps]
+        keys = torch.cat([batch.keys for batch in batches]).tolist()
+        return dict(zip(keys, torch.cat([batch.images for batch in batches]), strict=True))
+
+    def equal(a: dict[int, torch.Tensor], b: dict[int, torch.Tensor]) -> int:
+        return sum(torch.equal(a[key], b[key]) for key in a)
+
+    assert equal(seen(3, 1), seen(3, 4)) == 200
+    assert equal(seen(3, 1), seen(3, 2)) < 20
+    assert equal(seen(3, 2), seen(None, 2)) == 200  # the first views are those of a run without an end of them
+    assert equal(seen(None, 1), seen(None, 4)) < 20
+    split = source.splits["train"]  # type: ignore[attr-defined]
+    plain = EvalTransform(p)(split.read(7))
+    found = seen(1, 5)[int(split.rows["key"].view(np.int64)[7])]
+    torch.testing.assert_close(found, (torch.from_numpy(plain).float() / 255 - 0.5) / 0.5)
+
+
+# training
+
+
+def losses(run: Path) -> list[float]:
+    return [row["train/loss"] for row in rows(run, "step")]
+
+
+def decisions(run: Path) -> dict[str, str]:
+    newest = max((run / "checkpoints").glob("step-*"))
+    found: dict[str, str] = json.loads((newest / "progress.json").read_text())["features"]
+    return found
+
+
+@pytest.fixture
+def recipe(tiny: MakeConfig) -> MakeConfig:
+    return lambda *options: tiny(STAGES, "model.batch_norm=frozen", *options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_notices_nothing_of_the_cache(recipe: MakeConfig, tmp_path: Path, precision: str) -> None:
+    for name, cache in (("plain", "off"), ("cached", "auto")):
+        train(recipe(f"precision={precision}", f"features.cache={cache}"), tmp_path / name)
+    plain, cached = tmp_path / "plain", tmp_path / "cached"
+    assert decisions(cached)["head"] == decisions(cached)["last"] == "cached"
+    assert "cached" not in decisions(plain).values()
+    assert decisions(cached)["all"] != "cached"
+    np.testing.assert_allclose(losses(cached), losses(plain), rtol=1e-5 if precision == "fp32" else 0.02)
+    assert [row["batch_hash"] for row in rows(cached, "step")] == [row["batch_hash"] for row in rows(plain, "step")]
+    for a, b in zip(rows(cached, "epoch"), rows(plain, "epoch"), strict=True):
+        assert abs(a["val/top1@32"] - b["val/top1@32"]) < (0.01 if precision == "fp32" else 0.1)
+
+
+@pytest.mark.slow
+def test_a_second_run_computes_nothing(recipe: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+    computing = features.outputs
+
+    def counted(net: nn.Module, cut: Any, images: torch.Tensor) -> torch.Tensor:
+        computed.append(len(images))
+        return computing(net, cut, images)
+
+    monkeypatch.setattr(features, "outputs", counted)
+    train(recipe(), tmp_path / "first")
+    assert sum(computed) == 200 * (2 + 3) + 2 * 120
+    computed.clear()
+    train(recipe(), tmp_path / "second")
+    assert sum(computed) == features._PROBES * (2 + 1 + 3 + 1)  # a sample of every file
+    assert losses(tmp_path / "first") == losses(tmp_path / "second")
+    computed.clear()
+    train(recipe("seed=1"), tmp_path / "third")  # other crops
+    assert sum(computed) >= 200 * 5
+
+
+@pytest.mark.slow
+def test_damaged_and_missing_rows_are_computed_anew(recipe: MakeConfig, cache: Path, tmp_path: Path) -> None:
+    train(recipe(), tmp_path / "first")
+    for file in cache.glob("*/train.0.rows"):
+        with file.open("r+b") as content:
+            content.seek(1000)
+            content.write(b"\xff" * 5000)
+    for file in cache.glob("*/train.1.sums"):  # killed while it was filled
+        with file.open("r+b") as content:
+            content.write(bytes(400))
+    for file in cache.glob("*/val.0.rows"):  # whole, but of something else
+        stored = np.fromfile(file, np.float32)
+        (-stored).tofile(file)
+        sums = [store._sum(row) for row in (-stored).view(np.uint8).reshape(120, -1)]
+        np.array(sums, np.uint32).tofile(file.with_suffix(".sums"))
+    train(recipe(), tmp_path / "second")
+    assert losses(tmp_path / "first") == losses(tmp_path / "second")
+    assert [row["val/loss@32"] for row in rows(tmp_path / "first", "epoch")] == [
+        row["val/loss@32"] for row in rows(tmp_path / "second", "epoch")
+    ]
+    assert "does not hold what the layers give" in (tmp_path / "second" / "log.txt").read_text()
+
+
+def test_a_full_disk_is_no_reason_to_stop(recipe: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    train(recipe(), tmp_path / "run")
+    assert "No space left on device" in decisions(tmp_path / "run")["head"]
+    assert "frozen layers run in every step" in (tmp_path / "run" / "log.txt").read_text()
+    with pytest.raises(TlearnError, match=r"features\.cache: on: stage head: .*No space left"):
+        train(recipe("features.cache=on"), tmp_path / "other")
+
+
+def test_why_nothing_is_stored_is_said_and_kept(recipe: MakeConfig, tmp_path: Path) -> None:
+    train(recipe("stages.0.views=4"), tmp_path / "run")
+    reason = "no view comes again in 4 epochs"
+    assert decisions(tmp_path / "run")["head"] == reason
+    assert f"stage head: frozen layers run in every step: {reason}" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["features.max_gib=1e-6"], "GiB are more than features.max_gib=1e-06"),
+        (["stages.0.image_size=40"], "another size"),
+        (["stages.0.views=null"], "new crops in every epoch"),
+    ],
+)
+def test_what_was_asked_for_and_cannot_be_is_an_error(
+    recipe: MakeConfig, tmp_path: Path, options: list[str], reason: str
+) -> None:
+    with pytest.raises(TlearnError, match=f"features.cache: on: stage head: .*{reason}"):
+        train(recipe("features.cache=on", *options), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_what_was_decided_is_kept_on_resume(recipe: MakeConfig, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(recipe("features.cache=off"), whole)
+
+    log = Tracker.log
+
+    def log_and_stop(self: Tracker, row: dict[str, Any]) -> None:
+        log(self, row)
+        if row["kind"] == "step" and row["step"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tracker, "log", log_and_stop)
+        with pytest.raises(StoppedBySignalError):
+            train(recipe("features.cache=off"), stopped)
+    train(recipe("features.cache=auto"), stopped)  # the stage that has begun goes on without, the next one begins with
+    assert decisions(stopped) == {**decisions(stopped), "head": "features.cache: off", "last": "cached"}
+    np.testing.assert_allclose(losses(stopped), losses(whole), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_runs_do_not_fill_the_same_files_at_once(recipe: MakeConfig, cache: Path, tmp_path: Path) -> None:
+    train(recipe(), tmp_path / "first")
+    held = [path.open("w") for path in cache.glob("*/filled.lock")]
+    for file in held:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    threading.Timer(1.0, lambda: [file.close() for file in held]).start()
+    train(recipe(), tmp_path / "second")
+    assert "waiting for another run" in (tmp_path / "second" / "log.txt").read_text()
+    assert losses(tmp_path / "first") == losses(tmp_path / "second")
+
+
+@pytest.mark.slow
+def test_what_was_not_used_longest_makes_room(recipe: MakeConfig, cache: Path, tmp_path: Path) -> None:
+    train(recipe(), tmp_path / "first")
+    old = {path: (path / "used.lock").stat().st_mtime for path in cache.iterdir()}
+    size = sum(file.stat().st_size for path in old for file in path.iterdir())
+    in_use = max(old, key=lambda path: old[path])
+    with (in_use / "used.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        train(recipe("seed=1", f"features.max_gib={size / 2**30}"), tmp_path / "second")
+    assert in_use.exists()
+    assert not min(old, key=lambda path: old[path]).exists()
+    assert decisions(tmp_path / "second")["last"] == "cached"
+
+
+@pytest.mark.slow
+def test_all_processes_fill_and_train_the_same(recipe: MakeConfig, tmp_path: Path, monkeypatch: Any) -> None:
+    for world_size in (1, 2, 3):
+        monkeypatch.setenv("TLEARN_CACHE", str(tmp_path / f"cache{world_size}"))
+        config = recipe("precision=fp64", "batch.size=26", "data.max_train=187")
+        run_ranks(train, (config, tmp_path / str(world_size)), world_size)
+        assert decisions(tmp_path / str(world_size))["last"] == "cached"
+    for world_size in (2, 3):
+        run, alone = tmp_path / str(world_size), tmp_path / "1"
+        assert [row["batch_hash"] for row in rows(run, "step")] == [row["batch_hash"] for row in rows(alone, "step")]
+        np.testing.assert_allclose(losses(run), losses(alone), rtol=1e-9)
+    assert weights(tmp_path / "2").keys() == weights(tmp_path / "1").keys()
+
+
+def test_a_broken_image_is_named_while_the_store_is_filled(
+    recipe: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Any, data: bytes, seed: int = 0) -> Any:
+        raise UnreadableImageError("cannot be decoded")
+
+    monkeypatch.setattr(EvalTransform, "__call__", broken)
+    with pytest.raises(TlearnError, match=r"sample .*: cannot be decoded; prepare the data again"):
+        train(recipe(), tmp_path / "run")
