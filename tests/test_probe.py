@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from test_cli import image_folder, run
 
@@ -42,8 +41,8 @@ def test_many_heads_at_once_find_what_scikit_learn_finds(monkeypatch: pytest.Mon
     val, truth = clouds(2000, 1)
     splits = list(StratifiedKFold(5, shuffle=True, random_state=0).split(x, y))
     found = _linear("linear", x, y, val, splits, 0)
-    theirs = LogisticRegression(C=0.1).fit(x, y).score(val, truth)
-    assert theirs > 0.75
+    theirs = np.mean(_sklearn("logreg", x, y, val, splits, 0).predicted == truth)
+    assert theirs > 0.7
     assert np.mean(found.predicted == truth) > theirs - 0.03
     assert abs(found.cv_top1 - theirs) < 0.1
     assert found.options["lr"] in module.RATES
