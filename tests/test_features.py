@@ -8,14 +8,15 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_distributed import rows, weights
+from test_distributed import rows
 from torch import nn
 
 from tlearn import features
@@ -66,6 +67,20 @@ def built(backbone: str, rules: list[Rule], px: int) -> Model:
     return model
 
 
+@contextmanager
+def frozen_layers_that_run(net: nn.Module, names: list[str]) -> Iterator[None]:
+    """Collects them; one whose forward was replaced does not run."""
+
+    def hook(name: str, module: nn.Module) -> Callable[..., None]:
+        return lambda *_: None if "forward" in vars(module) else names.append(name)
+
+    layers = [(name, module) for name, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    hooks = [m.register_forward_hook(hook(n, m)) for n, m in layers if not any(p.requires_grad for p in m.parameters())]
+    yield
+    for handle in hooks:
+        handle.remove()
+
+
 @pytest.mark.parametrize(
     ("backbone", "px", "head", "last"),
     [
@@ -74,6 +89,7 @@ def built(backbone: str, rules: list[Rule], px: int) -> Model:
         ("test_vit", 160, "head_drop", "blocks.4"),
         ("convnext_atto", 64, "head.drop", "stages.2"),
         ("densenet121", 64, "head_drop", "features.transition3"),
+        ("xcit_nano_12_p16_224", 224, "head_drop", "cls_attn_blocks.0"),  # lists of layers, and one that gives a tuple
         ("coatnet_nano_rw_224", 224, "head.drop", "stages.2"),  # a shortcut goes around its last frozen layer
         ("torchvision:vgg11", 64, "classifier.4", "features.17"),  # dropout in front of the head
         ("torchvision:swin_t", 64, "flatten", "features.6"),  # stochastic depth in what trains
@@ -88,6 +104,7 @@ def test_what_is_behind_the_cut_computes_what_the_whole_does(backbone: str, px: 
         before = {name: tensor.clone() for name, tensor in model.net.state_dict().items()}
         cut = find_cut(model, images[:2])
         assert cut.name == expected
+        ran: list[str] = []
         for name, tensor in model.net.state_dict().items():
             assert torch.equal(tensor, before[name]), name  # the trial leaves no trace
         for mode in (model.train, model.net.eval):
@@ -97,8 +114,9 @@ def test_what_is_behind_the_cut_computes_what_the_whole_does(backbone: str, px: 
             given = outputs(model.net, cut, images)
             assert given.shape == (3, *cut.shape)
             torch.manual_seed(1)
-            with rest_only(model.net, cut):
+            with rest_only(model.net, cut), frozen_layers_that_run(model.net, ran):
                 rest = model.net(given)
+            assert ran == []
             torch.testing.assert_close(rest, whole, rtol=1e-4, atol=1e-5)
         whole = model.net(images)  # as it was
         torch.testing.assert_close(whole, rest, rtol=1e-4, atol=1e-5)
@@ -114,17 +132,48 @@ def test_where_position_embeddings_train_there_is_no_cut() -> None:
         find_cut(built("test_vit", [("head", 1.0), ("pos_embed", 1.0), (".*", 0.0)], 160), torch.randn(2, 3, 160, 160))
 
 
-def test_the_fingerprint_is_of_what_is_in_front_of_the_cut() -> None:
-    model = built("test_vit", LAST, 160)
-    cut = find_cut(model, torch.randn(2, 3, 160, 160))
-    before, state = fingerprint(model.net, cut), model.net.state_dict()
-    state["blocks.5.norm1.bias"].add_(1)
-    assert fingerprint(model.net, cut) == before
-    for name in ("blocks.4.norm1.bias", "pos_embed"):
+@pytest.mark.parametrize(
+    ("backbone", "px", "trained", "frozen"),
+    [
+        ("test_vit", 160, "blocks.5.norm1.bias", ["blocks.4.norm1.bias", "pos_embed"]),
+        ("convnext_atto", 64, "stages.3.blocks.0.gamma", ["stages.0.blocks.0.gamma"]),  # a block's own parameters
+        ("resnet18", 64, "layer4.0.bn1.running_mean", ["layer1.0.bn1.running_mean"]),
+    ],
+)
+def test_the_fingerprint_is_of_what_stands_still(backbone: str, px: int, trained: str, frozen: list[str]) -> None:
+    model = built(backbone, LAST, px)
+    model.train()
+    before, state = fingerprint(model), model.net.state_dict()
+    state[trained].add_(1)
+    assert fingerprint(model) == before
+    for name in frozen:
         state[name].add_(1)
-        after = fingerprint(model.net, cut)
+        after = fingerprint(model)
         assert after != before
         before = after
+
+
+def test_a_gate_that_begins_at_zero_is_opened_for_the_trial_also_under_autocast() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.pool = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1)
+            self.gate, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 2)
+            nn.init.zeros_(self.gate.weight)
+            nn.init.zeros_(self.gate.bias)  # type: ignore[arg-type]
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            stem = self.stem(images)
+            pooled = self.pool(stem)
+            logits: torch.Tensor = self.head((pooled + self.pool(self.gate(stem))).flatten(1))
+            return logits
+
+    net = Gated()
+    net.stem.requires_grad_(False)
+    model = Model(net, "x", "random", "head", [], Preprocessing(32, (0, 0, 0), (1, 1, 1)), True)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert find_cut(model, torch.randn(2, 3, 32, 32)).name == "stem"
 
 
 # the store
@@ -137,9 +186,11 @@ def test_a_row_is_whole_or_missing(tmp_path: Path) -> None:
     assert subject.missing(0, 6).tolist() == [0, 1, 2, 3, 4, 5]
     values = torch.randn(4, 2, 3).bfloat16()
     subject.write(np.array([5, 0, 1, 3]), values)
+    subject.open()
+    with pytest.raises(TlearnError, match=r"s\.rows: is damaged; start the run again"):
+        subject.read(np.array([0, 2]))
     assert torch.equal(subject.read(np.array([0, 5])), values[[1, 0]])
     assert subject.missing(0, 6).tolist() == [2, 4]
-    subject.flush()
     with (tmp_path / "s.rows").open("r+b") as file:
         file.seek(3 * subject.row_bytes + 5)
         byte = file.read(1)
@@ -227,8 +278,13 @@ def test_a_second_run_computes_nothing(recipe: MakeConfig, tmp_path: Path, monke
     assert sum(computed) == features._PROBES * (2 + 1 + 3 + 1)  # a sample of every file
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
     computed.clear()
-    train(recipe("seed=1"), tmp_path / "third")  # other crops
-    assert sum(computed) >= 200 * 5
+    saved = next((tmp_path / "first" / "best").glob("model.safetensors"))
+    for number, option in enumerate(["seed=1", "data.augment.hflip=0", "data.fit=pad", "data.max_val=100"]):
+        same = [f"model.weights={saved}", "stages=[{name: head, epochs: 4, train: [[head, 1], ['.*', 0]], views: 2}]"]
+        train(recipe(*same), tmp_path / f"before{number}")
+        computed.clear()
+        train(recipe(*same, option), tmp_path / f"after{number}")
+        assert sum(computed) >= 500, option
 
 
 @pytest.mark.slow
@@ -324,7 +380,7 @@ def test_two_runs_do_not_fill_the_same_files_at_once(recipe: MakeConfig, cache: 
 @pytest.mark.slow
 def test_what_was_not_used_longest_makes_room(recipe: MakeConfig, cache: Path, tmp_path: Path) -> None:
     train(recipe(), tmp_path / "first")
-    old = {path: (path / "used.lock").stat().st_mtime for path in cache.iterdir()}
+    old = {path: (path / "used.lock").stat().st_mtime for path in cache.iterdir() if path.is_dir()}
     size = sum(file.stat().st_size for path in old for file in path.iterdir())
     in_use = max(old, key=lambda path: old[path])
     with (in_use / "used.lock").open() as lock:
@@ -337,16 +393,16 @@ def test_what_was_not_used_longest_makes_room(recipe: MakeConfig, cache: Path, t
 
 @pytest.mark.slow
 def test_all_processes_fill_and_train_the_same(recipe: MakeConfig, tmp_path: Path, monkeypatch: Any) -> None:
+    options = ("precision=fp64", "batch.size=26", "data.max_train=187")
+    alone = tmp_path / "alone"
+    train(recipe(*options, "features.cache=off"), alone)
     for world_size in (1, 2, 3):
+        run = tmp_path / str(world_size)
         monkeypatch.setenv("TLEARN_CACHE", str(tmp_path / f"cache{world_size}"))
-        config = recipe("precision=fp64", "batch.size=26", "data.max_train=187")
-        run_ranks(train, (config, tmp_path / str(world_size)), world_size)
-        assert decisions(tmp_path / str(world_size))["last"] == "cached"
-    for world_size in (2, 3):
-        run, alone = tmp_path / str(world_size), tmp_path / "1"
+        run_ranks(train, (recipe(*options), run), world_size)
+        assert decisions(run)["head"] == decisions(run)["last"] == "cached"
         assert [row["batch_hash"] for row in rows(run, "step")] == [row["batch_hash"] for row in rows(alone, "step")]
         np.testing.assert_allclose(losses(run), losses(alone), rtol=1e-9)
-    assert weights(tmp_path / "2").keys() == weights(tmp_path / "1").keys()
 
 
 def test_a_broken_image_is_named_while_the_store_is_filled(

@@ -8,6 +8,7 @@ $TLEARN_CACHE/features/KEY/   (default: ~/.cache/tlearn/features); KEY is a hash
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -34,13 +35,14 @@ from tlearn.data.transforms import Pixels
 from tlearn.errors import TlearnError
 from tlearn.files import write_json
 from tlearn.models.build import Model
-from tlearn.models.cut import NoCutError, find_cut, fingerprint, outputs, rest_only
+from tlearn.models.cut import Cut, NoCutError, find_cut, fingerprint, outputs, rest_only
 from tlearn.runtime import Runtime
 
 CACHED = "cached"
 _VERSION = 1
 _FILL_IMAGES = 64
 _READ_ROWS = 256
+_RESERVE_BYTES = 2**30
 _PROBES = 4
 """Rows of each rank that are computed again where all are there already."""
 
@@ -70,38 +72,47 @@ def stored_inputs(
         TlearnError: `features.cache: on`, and why not.
         StoppedBySignalError: a signal came while the store was filled; what is there is used the next time.
     """
-    decided = progress.features.get(stage.name)
+    recorded = progress.features.get(stage.name)
     with ExitStack() as held:
-        try:
-            if config.features.cache == "off" or decided not in (None, CACHED):
-                raise NoCutError(decided or "features.cache: off")
-            if not isinstance(source, Indexed):
-                raise NoCutError("a stream has no index")
-            _check_use(config, model, stage, decided)
-            cache = StageCache(config, runtime, model, source, stage)
-            held.enter_context(cache.filled())
-        except NoCutError as reason:
-            frozen = any(not p.requires_grad for p in model.net.parameters())
-            if config.features.cache == "on" and frozen:
-                raise TlearnError(f"features.cache: on: stage {stage.name}: {reason}") from None
-            if decided is None and config.features.cache == "auto" and frozen:
-                show(f"stage {stage.name}: frozen layers run in every step: {reason}")
-            progress.features[stage.name] = str(reason)
-            yield images
+        cache = None
+        reason = _why_not(config, model, source, stage, recorded)
+        if reason is None:
+            try:
+                assert isinstance(source, Indexed)
+                cache = StageCache(config, runtime, model, source, stage)
+                held.enter_context(cache.filled())
+            except NoCutError as error:
+                cache, reason = None, str(error)
+        progress.features[stage.name] = reason or CACHED
+        if cache is not None:
+            held.enter_context(rest_only(model.net, cache.cut))
+            yield Inputs(cache.train_loader, cache.val_loader(), cache.blank)
             return
-        progress.features[stage.name] = CACHED
-        held.enter_context(rest_only(model.net, cache.cut))
-        yield Inputs(cache.train_loader, cache.val_loader(), cache.blank)
+        if any(not p.requires_grad for p in model.net.parameters()):
+            if config.features.cache == "on":
+                raise TlearnError(f"features.cache: on: stage {stage.name}: {reason}")
+            if config.features.cache == "auto" and reason != recorded:
+                show(f"stage {stage.name}: frozen layers run in every step: {reason}")
+        yield images
 
 
-def _check_use(config: Config, model: Model, stage: Stage, decided: str | None) -> None:
-    """Raise where images do not come again."""
+def _why_not(config: Config, model: Model, source: Source, stage: Stage, recorded: str | None) -> str | None:
+    """Why the frozen layers of a stage run in every step, as far as that can be said beforehand."""
+    choice = config.features.cache
+    if choice == "off":
+        return "features.cache: off"
+    if not isinstance(source, Indexed):
+        return "a stream has no index"
     if stage.views is None:
-        raise NoCutError("new crops in every epoch; set data.augment.views=4, say")
+        return "new crops in every epoch; set data.augment.views=4, say"
     if stage.image_size != model.preprocessing.size_px:
-        raise NoCutError("it trains at another size than it is evaluated at")
-    if stage.views >= stage.epochs and config.features.cache == "auto" and decided is None:
-        raise NoCutError(f"no view comes again in {stage.epochs} epochs")
+        return "it trains at another size than it is evaluated at"
+    if choice == "auto" and recorded != CACHED:
+        if recorded is not None:
+            return recorded  # a run that goes on does what it did
+        if stage.views >= stage.epochs:
+            return f"no view comes again in {stage.epochs} epochs"
+    return None
 
 
 class StageCache:
@@ -119,8 +130,7 @@ class StageCache:
     def __init__(self, config: Config, runtime: Runtime, model: Model, source: Indexed, stage: Stage) -> None:
         assert stage.views is not None
         self.config, self.runtime, self.model, self.source, self.views = config, runtime, model, source, stage.views
-        with runtime.accelerator.autocast():
-            self.cut = find_cut(model, self._trial())
+        self.cut = self._agreed_cut()
         dtype = torch.bfloat16 if config.features.dtype == "bf16" else self.cut.dtype
         about = self._about(dtype)
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
@@ -140,14 +150,15 @@ class StageCache:
             NoCutError: it would be too large, or the disk is full.
         """
         with ExitStack() as held:
-            trouble = self.runtime.on_main(lambda: self._prepare(held))
-            self._raise_if_stopped()
-            if trouble:
+            if trouble := self.runtime.on_main(lambda: self._prepare(held)):
                 raise NoCutError(trouble)
+            self._wait_for_others()
+            if not all(self.runtime.gather_lists([(self.folder / "about.json").exists()])):
+                raise NoCutError(f"not all machines see {self.root}; set TLEARN_CACHE to a folder on a shared disk")
+            self._fill()
+            self._raise_if_stopped()  # and wait until all rows are there
             for store in self.stores.values():
                 store.open()
-            self._fill()
-            self._raise_if_stopped()
             self.runtime.on_main(self._release)
             yield
 
@@ -188,13 +199,13 @@ class StageCache:
         return noise.to(self.runtime.device, self.runtime.dtype, memory_format=torch.channels_last)
 
     def _about(self, dtype: torch.dtype) -> dict[str, Any]:
-        data, splits = self.config.data, self.source.splits
+        data, splits, environment = self.config.data, self.source.splits, self.runtime.environment()
         return {
             "version": _VERSION,
             "backbone": self.model.backbone,
             "layer": self.cut.name,
             "shape": list(self.cut.shape),
-            "weights": fingerprint(self.model.net, self.cut),
+            "weights": fingerprint(self.model),
             "preprocessing": repr(self.model.preprocessing),
             "augment": [data.augment.scale, data.augment.ratio, data.augment.hflip] if self.views > 1 else None,
             "seed": self.config.seed if self.views > 1 else None,
@@ -203,64 +214,95 @@ class StageCache:
                 name: hashlib.sha256(splits[name].rows["key"].tobytes()).hexdigest() for name in ("train", "val")
             },
             "dtype": str(dtype),
-            "precision": self.runtime.precision,
-            "device": self.runtime.device.type,
+            **{key: environment[key] for key in ("versions", "device", "precision")},
         }
 
+    def _agreed_cut(self) -> Cut:
+        """The same on all ranks, or an error on all."""
+        try:
+            with self.runtime.accelerator.autocast():
+                cut = find_cut(self.model, self._trial())
+            found = cut.name
+        except NoCutError as error:
+            found = f"!{error}"
+        if len(everyones := set(self.runtime.gather_lists([found]))) > 1:
+            raise NoCutError(f"the processes do not agree where to cut it: {', '.join(sorted(everyones))}")
+        if found.startswith("!"):
+            raise NoCutError(found.removeprefix("!"))
+        return cut
+
     def _prepare(self, held: ExitStack) -> str | None:
-        """On rank 0: room, files and locks; what is wrong, or None."""
+        """On rank 0: room and files; what is wrong, or None."""
         needed = sum(store.nbytes for store in self.stores.values())
         limit = self.config.features.max_gib * 2**30
         if needed > limit:
             return f"{needed / 2**30:.2f} GiB are more than features.max_gib={self.config.features.max_gib:g}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._used = held.enter_context((self.folder / "used.lock").open("w"))
-            fcntl.flock(self._used, fcntl.LOCK_SH)
-            self._filling = held.enter_context((self.folder / "filled.lock").open("w"))
-            if not self._locked():
-                return None  # stopped
-            _make_room(self.root, self.folder, limit - needed)
-            write_json(self.folder / "about.json", self.about)
-            for store in self.stores.values():
-                store.allocate()
+            self.root.mkdir(parents=True, exist_ok=True)
+            with (self.root / "room.lock").open("a+") as room:  # else another run might remove what is not yet held
+                fcntl.flock(room, fcntl.LOCK_EX)
+                is_new = not self.folder.exists()
+                self.folder.mkdir(exist_ok=True)
+                used = held.enter_context((self.folder / "used.lock").open("a+"))
+                fcntl.flock(used, fcntl.LOCK_SH)
+                os.utime(used.fileno())
+                self._filling = held.enter_context((self.folder / "filled.lock").open("a+"))
+                if not _make_room(self.root, self.folder, limit - needed):
+                    return f"features.max_gib={self.config.features.max_gib:g}: other runs use the rest of {self.root}"
+                try:
+                    for store in self.stores.values():
+                        store.allocate()
+                    if shutil.disk_usage(self.root).free < _RESERVE_BYTES:
+                        raise OSError(errno.ENOSPC, "less than 1 GiB would be left for checkpoints")
+                except OSError:
+                    if is_new:
+                        shutil.rmtree(self.folder)
+                    raise
+                write_json(self.folder / "about.json", self.about)
         except OSError as error:
             return f"{error.filename or self.folder}: {error.strerror}"
         return None
 
-    def _locked(self) -> bool:
-        """Wait for another run that fills the same; False: a signal came."""
+    def _wait_for_others(self) -> None:
+        """Until no other run fills the same."""
         told = False
-        while not self.runtime.stop:
-            try:
-                fcntl.flock(self._filling, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not told:
-                    show(f"waiting for another run that fills {self.folder}")
-                told = True
-                time.sleep(0.2)
-            else:
-                return True
-        return False
+        while not self.runtime.on_main(self._is_mine):
+            if not told:
+                show(f"waiting for another run that fills {self.folder}")
+            told = True
+            time.sleep(0.2)
+            self._raise_if_stopped()
+
+    def _is_mine(self) -> bool:
+        try:
+            fcntl.flock(self._filling, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def _release(self) -> None:
-        fcntl.flock(self._filling, fcntl.LOCK_UN)
+        self._filling.close()
 
     def _fill(self) -> None:
-        """Every rank its part: read all that is there, compute what is not."""
+        """Read all that is there, compute what is not: every rank its part of both."""
         runtime, todo = self.runtime, dict[tuple[str, int], Array]()
         for key, store in self.stores.items():
+            store.open()
             start, stop = part_of(0, store.n, runtime.rank, runtime.world_size)
-            todo[key] = store.missing(start, stop)
-            if not len(todo[key]) and not self._agrees(key, np.arange(start, min(stop, start + _PROBES))):
+            missing = store.missing(start, stop)
+            if not len(missing) and not self._agrees(key, np.arange(start, min(stop, start + _PROBES))):
                 show(f"{self.folder}: does not hold what the layers give; it is filled anew")
-                todo[key] = np.arange(start, stop)
+                missing = np.arange(start, stop)
+            everyones = np.array(runtime.gather_lists(missing.tolist()), dtype=np.int64)
+            start, stop = part_of(0, len(everyones), runtime.rank, runtime.world_size)
+            todo[key] = everyones[start:stop]
         with progress_bar("storing features", sum(map(len, todo.values()))) as advance:
             for key, rows in todo.items():
+                if runtime.stop:
+                    return
                 for part, features in self._computed(key, rows):
                     self.stores[key].write(part, features)
                     advance(len(part))
-                self.stores[key].flush()
 
     def _agrees(self, key: tuple[str, int], rows: Array) -> bool:
         """Whether some rows hold what would be computed now."""
@@ -268,7 +310,7 @@ class StageCache:
         for part, features in self._computed(key, rows):
             stored, now = store.read(part).double(), features.cpu().double()
             coarse = 2e-2 if torch.bfloat16 in (store.dtype, features.dtype) else 1e-3
-            if (stored - now).abs().max() > coarse * now.abs().max():
+            if not (stored - now).abs().max() <= coarse * now.abs().max():  # also where it is not a number
                 return False
         return True
 
@@ -313,20 +355,21 @@ def _no_image(data: bytes, seed: int) -> Pixels:
     raise AssertionError("rows are read in place of images")
 
 
-def _make_room(root: Path, mine: Path, limit: float) -> None:
-    """Remove what was not used longest and nobody uses, until the rest of the cache is no larger than `limit` bytes."""
+def _make_room(root: Path, mine: Path, limit: float) -> bool:
+    """Remove what was not used longest and nobody uses, until all but `mine` is no larger than `limit` bytes."""
     others = sorted((path for path in root.iterdir() if path != mine and path.is_dir()), key=_last_use)
     sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in others}
     for path in others:
         if sum(sizes.values()) <= limit:
-            return
-        with (path / "used.lock").open("w") as lock:
+            break
+        with (path / "used.lock").open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
             shutil.rmtree(path)
             del sizes[path]
+    return sum(sizes.values()) <= limit
 
 
 def _last_use(path: Path) -> float:

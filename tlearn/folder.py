@@ -28,7 +28,17 @@ from tlearn.models.build import Card, Model
 
 Resume = Literal["auto", "never", "must"]
 
-FREE_TO_CHANGE = ("data.path", "data.workers", "save_every.", "keep.", "tracking.", "run.audit", "quick.", "features.")
+FREE_TO_CHANGE = (
+    "data.path",
+    "data.workers",
+    "save_every.",
+    "keep.",
+    "tracking.",
+    "run.audit",
+    "quick.",
+    "features.cache",
+    "features.max_gib",
+)
 """Options in which a run and its resumption may differ: they do not change the numbers. (That data at another place
 are the same shows their fingerprint.)"""
 

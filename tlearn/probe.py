@@ -73,6 +73,8 @@ def probe(config: Config, classifier: Classifier) -> dict[str, Any]:
     """
     start = time.perf_counter()
     runtime = Runtime()
+    if config.data.reader != "indexed":
+        raise TlearnError("data.reader: a probe needs an index; prepare the data")
     source = Indexed(config)
     model = build_model(config, len(source.classes), None)
     runtime.set_precision(choose_precision(config.precision, runtime.device, model)[0])
@@ -153,9 +155,11 @@ def _linear(name: str, x: Matrix, y: Labels, val: Matrix, splits: Sequence[tuple
         member[fold, torch.from_numpy(train)] = 1
     member = member.repeat_interleave(len(grid), 0)
     weights, biases = _trained(features, labels, classes, grid * len(splits), member, seed)
-    logits = _logits(features, weights, biases)
-    hits = ((logits.argmax(2) == labels) * (1 - member)).view(len(splits), len(grid), -1)
-    scores = hits.sum((0, 2)) / len(y)
+    hits = torch.zeros(len(weights))
+    for some in torch.arange(len(y)).split(BATCH):  # type: ignore[no-untyped-call]
+        right = _logits(features[some], weights, biases).argmax(2) == labels[some]
+        hits += (right * (1 - member[:, some])).sum(1)
+    scores = hits.view(len(splits), len(grid)).sum(0) / len(y)
     best = int(scores.argmax())
     weights, biases = _trained(features, labels, classes, [grid[best]], torch.ones(1, len(y)), seed)
     predicted = (torch.from_numpy((val - mean) / std) @ weights[0] + biases[0]).argmax(1).numpy()

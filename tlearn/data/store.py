@@ -2,6 +2,9 @@
 
 NAME.rows  n rows of one size, one behind the other
 NAME.sums  a CRC-32 per row; 0: not written yet
+
+They are written with pwrite, not through the map: on a network disk a map writes whole pages, and with them what other
+machines have there.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from tlearn.data.order import Array
+from tlearn.errors import TlearnError
 
 _BLOCK_BYTES = 2**24
 
@@ -23,7 +27,7 @@ _BLOCK_BYTES = 2**24
 class Store:
     """`n` tensors of one shape and type.
 
-    Any number of processes may write the same rows, as long as they write the same.
+    Any number of processes may write the same rows, as long as they write the same; `open` shows what they wrote.
 
     Args:
         path: of the files, without their endings.
@@ -48,53 +52,59 @@ class Store:
         """Make the files, where they are not there or have another size.
 
         Raises:
-            OSError: the disk is full; found out here, since a write to a mapped file would end the process.
+            OSError: the disk is full; then they are gone again.
         """
         for file, size in zip(self._files, (self.n * self.row_bytes, self.n * 4), strict=True):
             file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                if os.fstat(descriptor).st_size != size:
-                    os.ftruncate(descriptor, 0)
-                    os.posix_fallocate(descriptor, 0, size)
-            finally:
-                os.close(descriptor)
+            with file.open("ab") as opened:
+                if opened.tell() == size:
+                    continue
+                try:
+                    opened.truncate(0)
+                    os.posix_fallocate(opened.fileno(), 0, size)
+                except OSError:
+                    file.unlink()
+                    raise
 
     def open(self) -> None:
-        """Map the files; they have been allocated."""
-        self._rows = np.memmap(self._files[0], np.uint8, "r+", shape=(self.n, self.row_bytes))
-        self._sums = np.memmap(self._files[1], np.uint32, "r+", shape=(self.n,))
+        """See what is there now."""
+        self._rows = np.memmap(self._files[0], np.uint8, "r", shape=(self.n, self.row_bytes))
+        self._sums = np.fromfile(self._files[1], np.uint32)
 
     def missing(self, start: int, stop: int) -> Array:
         """Rows of [start, stop) that are not there or not whole; all of them are read."""
         assert self._rows is not None
-        assert self._sums is not None
         bad = []
         step = max(1, _BLOCK_BYTES // self.row_bytes)
         for first in range(start, stop, step):
-            last = min(stop, first + step)
-            block, sums = np.asarray(self._rows[first:last]), self._sums[first:last].tolist()
-            bad += [first + i for i, want in enumerate(sums) if not want or _sum(block[i]) != want]
-        return np.asarray(bad, dtype=np.int64)
+            rows = np.arange(first, min(stop, first + step))
+            bad.append(rows[self._damaged(rows, np.asarray(self._rows[rows]))])
+        return np.concatenate([np.empty(0, dtype=np.int64), *bad])
 
     def write(self, rows: Array, values: torch.Tensor) -> None:
         """Put `values`, (b, *shape), into these rows."""
-        assert self._rows is not None
-        assert self._sums is not None
         content = values.detach().to("cpu", self.dtype).contiguous().view(len(rows), -1).view(torch.uint8).numpy()
-        self._rows[rows] = content
-        self._sums[rows] = [_sum(row) for row in content]
-
-    def flush(self) -> None:
-        """Make sure that other machines see what was written."""
-        for mapped in (self._rows, self._sums):
-            assert isinstance(mapped, np.memmap)
-            mapped.flush()
+        with self._files[0].open("r+b") as file, self._files[1].open("r+b") as sums:
+            for i, row in zip(rows.tolist(), content, strict=True):
+                os.pwrite(file.fileno(), row.data, i * self.row_bytes)
+                os.pwrite(sums.fileno(), np.uint32(_sum(row)).tobytes(), i * 4)
 
     def read(self, rows: Array) -> torch.Tensor:
-        """(b, *shape)."""
+        """(b, *shape).
+
+        Raises:
+            TlearnError: a row is not there, or not whole.
+        """
         assert self._rows is not None
-        return torch.from_numpy(np.asarray(self._rows[rows])).view(self.dtype).view(len(rows), *self.shape)
+        content = np.asarray(self._rows[rows])
+        if self._damaged(rows, content).any():
+            raise TlearnError(f"{self._files[0]}: is damaged; start the run again, which fills it anew")
+        return torch.from_numpy(content).view(self.dtype).view(len(rows), *self.shape)
+
+    def _damaged(self, rows: Array, content: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        assert self._sums is not None
+        sums = self._sums[rows].tolist()
+        return np.array([not want or _sum(row) != want for row, want in zip(content, sums, strict=True)], dtype=bool)
 
 
 def _sum(row: npt.NDArray[Any]) -> int:

@@ -12,10 +12,11 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from tlearn.models.build import Model
 
@@ -27,12 +28,18 @@ class NoCutError(Exception):
     """Why a network cannot be cut."""
 
 
+class Blank(NamedTuple):
+    """In place of a tensor: its shape for one image."""
+
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Cut:
     """Where the frozen beginning ends."""
 
-    layers: dict[str, tuple[int, ...]]
-    """Its layers in the order in which they run, by name: the shape of what each gives for one image."""
+    layers: dict[str, Any]
+    """Its layers in the order in which they run, by name: what each gives, with `Blank`s for tensors."""
     image: tuple[int, ...]
     """Shape of one image."""
     dtype: torch.dtype
@@ -48,7 +55,8 @@ class Cut:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of what it gives for one image."""
-        return self.layers[self.name]
+        shape: tuple[int, ...] = self.layers[self.name].shape
+        return shape
 
 
 class _CapturedError(Exception):
@@ -70,24 +78,34 @@ def find_cut(model: Model, images: torch.Tensor) -> Cut:
     Raises:
         NoCutError: no frozen layer gives all that the rest needs.
     """
-    net = model.net
     model.train()
     moving = model.moving_statistics
     before = [buffer.clone() for buffer in moving]
     try:
-        return _found(model, net, images)
+        layers, last = _beginning(model.net, images)
+        while layers:
+            name = list(layers)[-1]
+            output = last[name]
+            if isinstance(layers[name], Blank):
+                channels_last = output.dim() == 4 and output.is_contiguous(memory_format=torch.channels_last)
+                cut = Cut(dict(layers), tuple(images.shape[1:]), output.dtype, channels_last)
+                if _suffices(model, cut, images):
+                    return cut
+            del layers[name]  # it is in the middle of a block, beside a shortcut, say
     finally:
         for buffer, old in zip(moving, before, strict=True):
             buffer.copy_(old)
+    raise NoCutError("no layer in front of what trains holds all that the rest needs")
 
 
-def _found(model: Model, net: nn.Module, images: torch.Tensor) -> Cut:
-    calls: dict[str, list[Any]] = {name: [] for name, _ in _constant(net)}
+def _beginning(net: nn.Module, images: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Layers that run before anything that trains, the largest ones: what they give, as `Blank`s and as it is."""
+    gave: dict[str, list[Any]] = {}
     order: list[str] = []
 
     def ran(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            calls[name].append(output)
+            gave.setdefault(name, []).append(output)
             order.append(name)
 
         return hook
@@ -95,30 +113,35 @@ def _found(model: Model, net: nn.Module, images: torch.Tensor) -> Cut:
     def trains(module: nn.Module, args: Any) -> None:
         order.append("")
 
-    hooks = [net.get_submodule(name).register_forward_hook(ran(name)) for name in calls]
-    hooks += [module.register_forward_pre_hook(trains) for module in _changing(net)]
+    hooks = [module.register_forward_pre_hook(trains) for module in net.modules() if _changes(module)]
+    hooks += [
+        module.register_forward_hook(ran(name))
+        for name, module in net.named_modules()
+        if not any(map(_changes, module.modules()))
+    ]
     try:
         net(images)
     finally:
         for hook in hooks:
             hook.remove()
-    beginning = order[: order.index("")] if "" in order else []
-    # a layer that runs more than once runs on; what gives no tensor, too
-    n = len(images)
-    layers = {
-        name: tuple(calls[name][0].shape[1:])
-        for name in beginning
-        if len(calls[name]) == 1 and isinstance(calls[name][0], torch.Tensor) and calls[name][0].shape[0] == n
-    }
-    while layers:
-        name = list(layers)[-1]
-        last = calls[name][0]
-        channels_last = last.dim() == 4 and last.is_contiguous(memory_format=torch.channels_last)
-        cut = Cut(dict(layers), tuple(images.shape[1:]), last.dtype, channels_last)
-        if _suffices(model, cut, images):
-            return cut
-        del layers[name]  # it is in the middle of a block, beside a shortcut, say
-    raise NoCutError("no layer in front of what trains holds all that the rest needs")
+    first = order[: order.index("")] if "" in order else []
+    # the outermost that ran: a list of layers never does, and what is inside of a layer need not be looked at
+    outermost = [
+        name for name in first if not any(f"{name}.".startswith(f"{other}.") for other in gave if other != name)
+    ]
+    # a layer that runs more than once runs on
+    layers = {name: _blanks(gave[name][0], len(images)) for name in outermost if len(gave[name]) == 1}
+    return layers, {name: gave[name][0] for name in layers}
+
+
+def _blanks(output: Any, n: int) -> Any:
+    """The same with `Blank`s in place of what there is of every image."""
+    return tree_map(
+        lambda leaf: (
+            Blank(tuple(leaf.shape[1:])) if isinstance(leaf, torch.Tensor) and leaf.shape[:1] == (n,) else leaf
+        ),
+        output,
+    )
 
 
 def outputs(net: nn.Module, cut: Cut, images: torch.Tensor) -> torch.Tensor:
@@ -151,8 +174,11 @@ def rest_only(net: nn.Module, cut: Cut) -> Iterator[None]:
         like = stored[0]
         return torch.zeros((), dtype=like.dtype, device=like.device).expand(len(like), *shape)
 
-    def blanks(shape: tuple[int, ...]) -> Callable[..., torch.Tensor]:
-        return lambda *args, **kwargs: blank(shape)
+    def blanks(template: Any) -> Callable[..., Any]:
+        def filled(leaf: Any) -> Any:
+            return blank(leaf.shape) if isinstance(leaf, Blank) else leaf
+
+        return lambda *args, **kwargs: tree_map(filled, template, is_leaf=lambda leaf: isinstance(leaf, Blank))
 
     hook = net.register_forward_pre_hook(enter)
     modules = {name: net.get_submodule(name) for name in cut.layers}
@@ -166,15 +192,12 @@ def rest_only(net: nn.Module, cut: Cut) -> Iterator[None]:
             del module.forward
 
 
-def fingerprint(net: nn.Module, cut: Cut) -> str:
-    """Hash of all weights on which the outputs depend, in hex."""
-    state = net.state_dict(keep_vars=True)
-    prefixes = tuple(f"{name}." for name in cut.layers)
-    loose = {f"{name}.{key}".lstrip(".") for name, module in _containers(net) for key in module._parameters}
-    loose |= {f"{name}.{key}".lstrip(".") for name, module in _containers(net) for key in module._buffers}
+def fingerprint(model: Model) -> str:
+    """Hash of all weights on which outputs of frozen layers can depend, in hex: of all that stands still."""
+    moving = {buffer.data_ptr() for buffer in model.moving_statistics}
     digest = hashlib.sha256()
-    for name, tensor in state.items():
-        if name.startswith(prefixes) or name in loose:
+    for name, tensor in model.net.state_dict(keep_vars=True).items():
+        if not tensor.requires_grad and tensor.data_ptr() not in moving:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -188,51 +211,36 @@ def _suffices(model: Model, cut: Cut, images: torch.Tensor) -> bool:
     seen: list[torch.Tensor] = []
 
     def look(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        seen.append(args[0].double())
+        seen.append(args[0].cpu().double())
 
     hook = model.net.get_submodule(model.head).register_forward_pre_hook(look)
     trained = [p for p in model.net.parameters() if p.requires_grad]
     saved = [p.clone() for p in trained]
     try:
-        for p in trained:  # a gain that begins at zero would hide a second way through the network
-            p.add_(torch.randn_like(p) * (0.1 * p.std(correction=0) or 0.1))
-        torch.manual_seed(0)
-        model.net(images)
         torch.manual_seed(1)
         features = outputs(model.net, cut, images)
+        for p in trained:  # a gain that begins at zero would hide a second way through the network
+            p.add_(torch.randn_like(p) * (0.1 * p.std(correction=0) or 0.1))
+        torch.clear_autocast_cache()  # it has the weights of before
+        torch.manual_seed(0)
+        model.net(images)
         torch.manual_seed(0)
         with rest_only(model.net, cut):
             model.net(features)
-    except (RuntimeError, ValueError, IndexError):  # the code between the layers wants more than blanks
+    except (RuntimeError, ValueError, IndexError, AttributeError, TypeError):  # what is between layers wants no blanks
         return False
     finally:
         hook.remove()
         for p, old in zip(trained, saved, strict=True):
             p.copy_(old)
+        torch.clear_autocast_cache()
     whole, rest = seen
     return bool((whole - rest).abs().max() <= TOLERANCE * whole.abs().max())
 
 
-def _containers(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that have others inside."""
-    return ((name, module) for name, module in net.named_modules() if next(module.children(), None) is not None)
-
-
-def _constant(net: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The largest modules in which nothing trains and nothing is random, by name."""
-    for key, module in net.named_children():
-        name = f"{prefix}{key}"
-        if any(p.requires_grad for p in module.parameters()) or any(_is_random(m) for m in module.modules()):
-            yield from _constant(module, f"{name}.")
-        else:
-            yield name, module
-
-
-def _changing(net: nn.Module) -> Iterator[nn.Module]:
-    """Modules with trained parameters of their own, and layers that draw random numbers."""
-    for module in net.modules():
-        if any(p.requires_grad for p in module.parameters(recurse=False)) or _is_random(module):
-            yield module
+def _changes(module: nn.Module) -> bool:
+    """Whether it has trained parameters of its own, or draws random numbers."""
+    return any(p.requires_grad for p in module.parameters(recurse=False)) or _is_random(module)
 
 
 def _is_random(module: nn.Module) -> bool:
