@@ -147,16 +147,8 @@ def predict(
     files = [file for path in paths for file in (walk(path) if path.is_dir() else [path])]
     predictions = load(run).predict(files, topk)
     if as_json:
-        _print_json(
-            [
-                {
-                    "file": p.file,
-                    "top": [{"class": name, "probability": value} for name, value in p.classes],
-                    "error": p.error,
-                }
-                for p in predictions
-            ]
-        )
+        top = [[{"class": name, "probability": value} for name, value in p.classes] for p in predictions]
+        _print_json([{"file": p.file, "top": t, "error": p.error} for p, t in zip(predictions, top, strict=True)])
     else:
         for p in predictions:
             best = "  ".join(f"{name} {value:.1%}" for name, value in p.classes)
