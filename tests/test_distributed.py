@@ -313,7 +313,7 @@ def test_a_rank_without_memory_makes_all_of_them_halve(tiny: MakeConfig, tmp_pat
     np.testing.assert_allclose(*losses, rtol=1e-9)
     # 13 images a rank, halved until 4 fit
     assert "micro-batches of 3" in (tmp_path / "short" / "log.txt").read_text()
-    with pytest.raises(TlearnError, match="not even one image of 32 px fits"):
+    with pytest.raises(TlearnError, match="not even one image fits"):
         run_ranks(ranks.train_short_of_memory, (tiny(*options, "batch.find=true"), tmp_path / "none", 0), 2)
 
 
