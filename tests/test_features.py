@@ -284,10 +284,10 @@ def test_a_second_run_computes_nothing(recipe: MakeConfig, tmp_path: Path, monke
     assert sum(computed) == features._PROBES * (2 + 1 + 3 + 1)  # a sample of every file
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
     computed.clear()
-    saved = next((tmp_path / "first" / "best").glob("model.safetensors"))
+    saved = tmp_path / "first" / "best" / "model.safetensors"
+    same = [f"model.weights={saved}", "stages=[{name: head, epochs: 4, train: [[head, 1], ['.*', 0]], views: 2}]"]
+    train(recipe(*same), tmp_path / "before")
     for number, option in enumerate(["seed=1", "data.augment.hflip=0", "data.fit=pad", "data.max_val=100"]):
-        same = [f"model.weights={saved}", "stages=[{name: head, epochs: 4, train: [[head, 1], ['.*', 0]], views: 2}]"]
-        train(recipe(*same), tmp_path / f"before{number}")
         computed.clear()
         train(recipe(*same, option), tmp_path / f"after{number}")
         assert sum(computed) >= 500, option

@@ -49,7 +49,9 @@ def rows(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in row.items() if key not in CLOCK} for row in lines if kind in (None, row["kind"])
+        {key: value for key, value in row.items() if key not in CLOCK}
+        for row in lines
+        if row["kind"] == kind or (kind is None and row["kind"] != "start")
     ]
 
 
