@@ -338,9 +338,9 @@ def test_why_nothing_is_stored_is_said_and_kept(recipe: MakeConfig, tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["features.max_gib=1e-6"], "GiB are more than features.max_gib=1e-06"),
         (["stages.0.image_size=40"], "another size"),
         (["stages.0.views=null"], "new crops in every epoch"),
+        (["features.max_gib=1e-6"], "GiB are more than features.max_gib=1e-06"),
     ],
 )
 def test_what_was_asked_for_and_cannot_be_is_an_error(
@@ -348,6 +348,7 @@ def test_what_was_asked_for_and_cannot_be_is_an_error(
 ) -> None:
     with pytest.raises(TlearnError, match=f"features.cache: on: stage head: .*{reason}"):
         train(recipe("features.cache=on", *options), tmp_path / "run")
+    assert (tmp_path / "run").exists() == ("max_gib" in reason)  # the others are known before anything is written
 
 
 @pytest.mark.slow

@@ -88,9 +88,8 @@ def _left_in(folder: Path) -> str:
 def _about_folder(folder: Path | None, token: str | None) -> Report:
     if folder is None or token is None:
         return {}
-    shared = (
-        folder.is_dir() and folder / token in folder.iterdir()
-    )  # a listing: NFS remembers that a file was not there
+    # a listing: NFS remembers for a while that a file was not there
+    shared = folder.is_dir() and folder / token in folder.iterdir()
     free = round(shutil.disk_usage(folder).free / 2**30, 1) if folder.exists() else None
     return {"sees_folder": shared, "free_gib": free}
 

@@ -90,10 +90,25 @@ def stored_inputs(
             return
         if any(not p.requires_grad for p in model.net.parameters()):
             if config.features.cache == "on":
-                raise TlearnError(f"features.cache: on: stage {stage.name}: {reason}")
+                raise _refused(stage, reason)
             if config.features.cache == "auto" and reason != recorded:
                 show(f"stage {stage.name}: frozen layers run in every step: {reason}")
         yield images
+
+
+def check_features(config: Config, model: Model, source: Source, stage: Stage) -> None:
+    """What can be known before anything is written; the model as `set_trainable` left it.
+
+    Raises:
+        TlearnError: `features.cache: on`, and why not.
+    """
+    frozen = any(not p.requires_grad for p in model.net.parameters())
+    if config.features.cache == "on" and frozen and (reason := _why_not(config, model, source, stage, None)):
+        raise _refused(stage, reason)
+
+
+def _refused(stage: Stage, reason: str | None) -> TlearnError:
+    return TlearnError(f"features.cache: on: stage {stage.name}: {reason}")
 
 
 def _why_not(config: Config, model: Model, source: Source, stage: Stage, recorded: str | None) -> str | None:

@@ -16,7 +16,7 @@ from tlearn.data.source import Source, open_source
 from tlearn.engine import Run, run_stage
 from tlearn.errors import StoppedBySignalError, TlearnError
 from tlearn.evaluate import evaluate
-from tlearn.features import stored_inputs
+from tlearn.features import check_features, stored_inputs
 from tlearn.files import write_json
 from tlearn.folder import Resume, RunFolder
 from tlearn.models.backbones import full_name
@@ -72,6 +72,7 @@ def train(
         for stage, multipliers in zip(stages, plan, strict=True):
             model.set_trainable(multipliers)
             share.check(source.sizes["train"], stage.name, model.smallest_batch)
+            check_features(config, model, source, stage)
         changes = runtime.on_main(lambda: place.changes(found, config, source.fingerprint, override=override))
 
         restored = checkpoint.load(found) if found else None
