@@ -704,6 +704,19 @@ def make_saver(root: Path, every: str = "", keep: int = 2) -> Saver:
     return Saver(root / "checkpoints", root / "best", None, tracker, options, Keep(checkpoints=keep), active=True)
 
 
+def test_a_save_that_waits_does_not_pass_over_later_best_weights(tmp_path: Path) -> None:
+    go_on = threading.Event()
+    first, second = {"step": 7, "score": 0.1}, {"step": 14, "score": 0.2}
+    with make_saver(tmp_path) as subject:
+        subject.keep_best({"w": torch.ones(1)}, [first], first)
+        subject._thread.submit(go_on.wait, 20)  # a machine with other things to do
+        subject.save({"w": torch.ones(1)}, {}, Progress(step=14, best=[first]))
+        subject.keep_best({"w": torch.zeros(1)}, [second], second)
+        go_on.set()
+        subject.wait()
+    assert checkpoint.load_best(tmp_path / "best" / "model.safetensors")[1]["step"] == 14
+
+
 def test_what_is_saved_is_the_state_at_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on, save = threading.Event(), checkpoint.save
 

@@ -110,9 +110,10 @@ class Saver:
             return
         best = deepcopy(best)
         with _timed(self.cost.pauses_s):
-            self._unwritten.append((copied(model), score))
+            weights = copied(model)
 
         def write() -> None:
+            self._unwritten.append((weights, score))  # not before: an earlier save that waits would pass over them
             self._write_weights(best)
             self._show_best(best)
 
