@@ -173,8 +173,7 @@ def test_a_job_with_a_hard_life_ends_as_if_nothing_had_happened(
     cluster: Cluster, whole: Callable[[int], Path], photos: Path, tmp_path: Path
 ) -> None:
     folder, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
-    # a minute, of which Slurm says so long before that the time is up: when it looks next, every 30 s
-    shape = {"nodes": 2, "tasks_per_node": 1, "time": "0:01:00", "signal_delay_s": 59}
+    shape = {"nodes": 2, "tasks_per_node": 1, "time": "1:00:00", "signal_delay_s": 119}
     profile = write_profile(tmp_path / "two.yaml", **shape, sbatch={"hold": True})
     recipe.write_text(f"data: {{path: {photos}}}\n")
     job = submitted(cluster, str(recipe), *RECIPE, "--profile", profile, "--run", str(folder))
@@ -190,8 +189,8 @@ def test_a_job_with_a_hard_life_ends_as_if_nothing_had_happened(
 
     slurm(cluster, "scontrol", "release", job)
     wait_for(reached(folder, 5))
-    with frozen(job):
-        pass  # until its time is up
+    with frozen(job):  # until its time is up: Slurm looks every 30 s, and says so 119 s before
+        slurm(cluster, "scontrol", "update", f"JobId={job}", "TimeLimit=2")
     slurm(cluster, "scontrol", "update", f"JobId={job}", "TimeLimit=60")
     started(2)
     slurm(cluster, "scancel", "--signal=USR2", job)  # at once again, long before its first step
