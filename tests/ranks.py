@@ -16,6 +16,7 @@ from torch import nn
 
 from tlearn import checkpoint, engine, replicas
 from tlearn.config import Config
+from tlearn.data.store import Store
 from tlearn.errors import TlearnError
 from tlearn.evaluate import evaluate
 from tlearn.objectives import LossSum, Supervised
@@ -266,4 +267,18 @@ def train_forgetful(config: Config, folder: Path) -> None:
         return load(folder)._replace(optimizer={})
 
     checkpoint.load = without_optimizer
+    train(config, folder)
+
+
+def train_and_die_while_filling(config: Config, folder: Path, rank: int, rows: int) -> None:
+    """One rank is killed when it has stored so many rows of features."""
+    written, write = [0], Store.write
+
+    def write_and_die(self: Store, part: Any, values: torch.Tensor) -> None:
+        write(self, part, values)
+        written[0] += len(part)
+        if int(os.environ["RANK"]) == rank and written[0] >= rows:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Store.write = write_and_die  # type: ignore[method-assign]
     train(config, folder)

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from test_distributed import rows
 from torch import nn
 
-from tlearn import features
+from tlearn import stagecache
 from tlearn.config import Config, Rule, Stage
 from tlearn.configfile import load_config
 from tlearn.data import store
@@ -28,7 +29,7 @@ from tlearn.data.loader import Share
 from tlearn.data.source import open_source
 from tlearn.data.store import Store
 from tlearn.data.transforms import EvalTransform, Preprocessing
-from tlearn.errors import StoppedBySignalError, TlearnError
+from tlearn.errors import RankFailedError, StoppedBySignalError, TlearnError
 from tlearn.launch import run_ranks
 from tlearn.models.build import Model, build_model
 from tlearn.models.cut import NoCutError, find_cut, fingerprint, outputs, rest_only
@@ -267,21 +268,28 @@ def test_training_notices_nothing_of_the_cache(recipe: MakeConfig, tmp_path: Pat
         assert abs(a["val/top1@32"] - b["val/top1@32"]) < (0.01 if precision == "fp32" else 0.1)
 
 
-@pytest.mark.slow
-def test_a_second_run_computes_nothing(recipe: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    computed: list[int] = []
-    computing = features.outputs
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of images that frozen layers see while a store is filled."""
+    numbers: list[int] = []
+    computing = stagecache.outputs
 
     def counted(net: nn.Module, cut: Any, images: torch.Tensor) -> torch.Tensor:
-        computed.append(len(images))
+        if images.shape[1:] == (3, 32, 32):  # not what earlier layers gave
+            numbers.append(len(images))
         return computing(net, cut, images)
 
-    monkeypatch.setattr(features, "outputs", counted)
+    monkeypatch.setattr(stagecache, "outputs", counted)
+    return numbers
+
+
+@pytest.mark.slow
+def test_a_second_run_computes_nothing(recipe: MakeConfig, computed: list[int], tmp_path: Path) -> None:
     train(recipe(), tmp_path / "first")
-    assert sum(computed) == 200 * (2 + 3) + 2 * 120
+    assert sum(computed) == 200 * 3 + 120 + stagecache._PROBES * (3 + 1)  # the last block's, from which the head's come
     computed.clear()
     train(recipe(), tmp_path / "second")
-    assert sum(computed) == features._PROBES * (2 + 1 + 3 + 1)  # a sample of every file
+    assert sum(computed) == stagecache._PROBES * (2 + 1 + 3 + 1)  # a sample of every file
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
     computed.clear()
     saved = tmp_path / "first" / "best" / "model.safetensors"
@@ -291,6 +299,86 @@ def test_a_second_run_computes_nothing(recipe: MakeConfig, tmp_path: Path, monke
         computed.clear()
         train(recipe(*same, option), tmp_path / f"after{number}")
         assert sum(computed) >= 500, option
+
+
+FREEZING = (
+    "stages=[{name: two, epochs: 3, train: [[head, 1.0], ['last:2', 0.5], ['.*', 0]]},"
+    "{name: one, epochs: 3, train: [[head, 1.0], ['last:1', 0.5], ['.*', 0]]},"
+    "{name: head, epochs: 3, train: [[head, 1.0], ['.*', 0]]}]"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_gib", [10.0, 1.4e-3])
+def test_where_layers_freeze_one_after_another_images_are_looked_at_once(
+    tiny: MakeConfig, computed: list[int], cache: Path, tmp_path: Path, max_gib: float
+) -> None:
+    options = (FREEZING, "model.batch_norm=frozen", "data.augment.views=2", f"features.max_gib={max_gib}")
+    train(tiny(*options), tmp_path / "cached")
+    assert set(decisions(tmp_path / "cached").values()) == {"cached"}
+    assert sum(computed) == 200 * 2 + 120
+    stored = [file.stat().st_size for file in cache.glob("*/*.*") if file.is_file()]
+    assert sum(stored) < max_gib * 2**30  # with little room, what is the start is removed beforehand, and still read
+    assert len(list(cache.glob("*/about.json"))) == (3 if max_gib == 10 else 2)
+    train(tiny(*options, "features.cache=off"), tmp_path / "plain")
+    np.testing.assert_allclose(losses(tmp_path / "cached"), losses(tmp_path / "plain"), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_is_rounded_is_no_start(recipe: MakeConfig, computed: list[int], tmp_path: Path) -> None:
+    train(recipe("features.dtype=bf16"), tmp_path / "run")
+    assert set(decisions(tmp_path / "run").values()) == {"cached", "no layer is frozen"}
+    assert sum(computed) == 200 * (2 + 3) + 2 * 120 + stagecache._PROBES * (3 + 1)
+
+
+@pytest.mark.slow
+def test_killed_while_filling_it_goes_on_where_the_rows_end(
+    recipe: MakeConfig, computed: list[int], cache: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RankFailedError, match="rank 1"):
+        run_ranks(ranks.train_and_die_while_filling, (recipe(), tmp_path / "killed", 1, 100), 2)
+    there = sum(np.count_nonzero(np.fromfile(file, np.uint32)) for file in cache.glob("*/*.sums"))
+    assert 100 <= there < 700
+    train(recipe(), tmp_path / "killed")
+    assert sum(computed) <= 200 * 3 + 120 - there + stagecache._PROBES * 8
+    train(recipe("features.cache=off"), tmp_path / "plain")
+    np.testing.assert_allclose(losses(tmp_path / "killed"), losses(tmp_path / "plain"), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_stopped_while_filling_and_inside_a_stage_it_finds_its_rows_again(
+    recipe: MakeConfig, computed: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = store.Store.write
+
+    def write_and_stop(self: Store, *args: Any) -> None:
+        write(self, *args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    log = Tracker.log
+
+    def log_and_stop(self: Tracker, row: dict[str, Any]) -> None:
+        log(self, row)
+        if row["kind"] == "step" and row["step"] == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", write_and_stop)
+        with pytest.raises(StoppedBySignalError, match="everything is saved; go on with"):
+            train(recipe(), folder)
+    first = sum(computed)
+    assert 0 < first <= 2 * 64
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "log", log_and_stop)
+        with pytest.raises(StoppedBySignalError):
+            train(recipe(), folder)
+    assert sum(computed) <= 200 * 3 + 120 + 64
+    computed.clear()
+    train(recipe(), folder)
+    assert sum(computed) == stagecache._PROBES * (2 + 1 + 3 + 1)
+    train(recipe(), tmp_path / "whole")
+    assert losses(folder) == losses(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ WITHIN_A_ROW = {
     ("configfile", "config"),
     ("profile", "config"),
     ("models", "data"),
+    ("features", "stagecache"),
 }
 """What a module may import from its own row."""
 PACKAGES = {
@@ -41,6 +42,7 @@ PACKAGES = {
         "transforms",
         "shards",
         "store",
+        "room",
         "workers",
         "loader",
         "scan",

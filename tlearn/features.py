@@ -1,50 +1,24 @@
-"""Frozen layers run once per image: their outputs are stored, and training reads them in place of images.
-
-$TLEARN_CACHE/features/KEY/   (default: ~/.cache/tlearn/features); KEY is a hash of all on which the outputs depend
-    about.json                what that is
-    SPLIT.VIEW.rows, .sums    see data/store.py
-    filled.lock, used.lock    held while it is filled, and while a run reads it
-"""
+"""Frozen layers run once per image: which stages of a run are fed with their stored outputs in place of images."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import hashlib
-import json
-import os
-import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-import torch
+from typing import NamedTuple
 
 from tlearn.checkpoint import Progress
 from tlearn.config import Config, Stage
-from tlearn.console import progress_bar, show
-from tlearn.data.loader import Batch, Loader, MicroBatches, Share, Steps
-from tlearn.data.order import Array, SequentialOrder, ShuffledOrder, part_of
-from tlearn.data.shards import Split
+from tlearn.console import show
+from tlearn.data.loader import Batch, Share, Steps
 from tlearn.data.source import Indexed, Source
-from tlearn.data.store import Store
-from tlearn.data.transforms import Pixels
 from tlearn.errors import TlearnError
-from tlearn.files import write_json
 from tlearn.models.build import Model
-from tlearn.models.cut import Cut, NoCutError, find_cut, fingerprint, outputs, rest_only
+from tlearn.models.cut import NoCutError, rest_only
 from tlearn.runtime import Runtime
+from tlearn.stagecache import StageCache
 
 CACHED = "cached"
-_VERSION = 1
-_FILL_IMAGES = 64
-_READ_ROWS = 256
-_RESERVE_BYTES = 2**30
-_PROBES = 4
-"""Rows of each rank that are computed again where all are there already."""
+NOTHING_FROZEN = "no layer is frozen"
 
 
 class Inputs(NamedTuple):
@@ -56,44 +30,108 @@ class Inputs(NamedTuple):
     """So many inputs of class 0, all zeros."""
 
 
-@contextmanager
-def stored_inputs(
-    config: Config, runtime: Runtime, model: Model, source: Source, progress: Progress, stage: Stage, images: Inputs
-) -> Iterator[Inputs]:
-    """Inside, the network is what is behind its frozen beginning, and fed with what that gives; or nothing is changed.
+class Features:
+    """What the stages of a run are fed.
 
     Args:
-        config, runtime, model, source: of the run; the model as `set_trainable` left it.
+        config, runtime, model, source: of the run.
         progress: keeps what was decided.
-        stage: with image size and views filled in.
-        images: where the frozen layers compute in every step.
-
-    Raises:
-        TlearnError: `features.cache: on`, and why not.
-        StoppedBySignalError: a signal came while the store was filled; what is there is used the next time.
+        stages: with image size and views filled in.
+        plan: for each stage, the learning-rate multiplier of every parameter.
     """
-    recorded = progress.features.get(stage.name)
-    with ExitStack() as held:
-        cache = None
-        reason = _why_not(config, model, source, stage, recorded)
-        if reason is None:
-            try:
-                assert isinstance(source, Indexed)
-                cache = StageCache(config, runtime, model, source, stage)
-                held.enter_context(cache.filled())
-            except NoCutError as error:
-                cache, reason = None, str(error)
-        progress.features[stage.name] = reason or CACHED
-        if cache is not None:
-            held.enter_context(rest_only(model.net, cache.cut))
-            yield Inputs(cache.train_loader, cache.val_loader(), cache.blank)
-            return
-        if any(not p.requires_grad for p in model.net.parameters()):
-            if config.features.cache == "on":
-                raise _refused(stage, reason)
-            if config.features.cache == "auto" and reason != recorded:
-                show(f"stage {stage.name}: frozen layers run in every step: {reason}")
-        yield images
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        model: Model,
+        source: Source,
+        progress: Progress,
+        stages: Sequence[Stage],
+        plan: Sequence[dict[str, float]],
+    ) -> None:
+        self.config, self.runtime, self.model, self.source = config, runtime, model, source
+        self.progress, self.stages, self.plan = progress, stages, plan
+        self._caches: dict[int, StageCache] = {}
+
+    @contextmanager
+    def inputs(self, number: int, images: Inputs) -> Iterator[Inputs]:
+        """Inside, the network is what is behind its frozen beginning, and fed with what that gives; or all of it.
+
+        Args:
+            number: of the stage.
+            images: what it is fed where the frozen layers compute in every step.
+
+        Raises:
+            TlearnError: `features.cache: on`, and why not.
+            StoppedBySignalError: a signal came while the store was filled; what is there is used the next time.
+        """
+        stage = self.stages[number]
+        recorded = self.progress.features.get(stage.name)
+        with ExitStack() as held:
+            cache, reason = None, self._why_not(number)
+            if reason is None:
+                try:
+                    cache = held.enter_context(self._filled(number))
+                except NoCutError as error:
+                    reason = str(error)
+            self.progress.features[stage.name] = reason or CACHED
+            if cache is not None:
+                held.enter_context(rest_only(self.model.net, cache.cut))
+                yield Inputs(cache.train_loader, cache.val_loader(), cache.blank)
+                return
+            if reason != NOTHING_FROZEN:
+                if self.config.features.cache == "on":
+                    raise _refused(stage, reason)
+                if self.config.features.cache == "auto" and reason != recorded:
+                    show(f"stage {stage.name}: frozen layers run in every step: {reason}")
+            yield images
+
+    def _why_not(self, number: int) -> str | None:
+        stage = self.stages[number]
+        self.model.set_trainable(self.plan[number])
+        return _why_not(self.config, self.model, self.source, stage, self.progress.features.get(stage.name))
+
+    @contextmanager
+    def _filled(self, number: int) -> Iterator[StageCache]:
+        """Inside, every row of a stage's store is there.
+
+        Raises:
+            NoCutError: why they cannot be.
+        """
+        assert isinstance(self.source, Indexed)
+        self.model.set_trainable(self.plan[number])
+        cache = StageCache(self.config, self.runtime, self.model, self.source, self.stages[number])
+        with cache.filled(lambda: self._start(number, cache)):
+            self._caches = {n: other for n, other in self._caches.items() if n >= number - 1} | {number: cache}
+            yield cache
+
+    def _start(self, number: int, cache: StageCache) -> StageCache | None:
+        """Stored outputs of earlier layers, from which those of this stage are computed in place of images.
+
+        They are the last stage's, where more layers freeze from stage to stage, or the next one's, stored ahead, where
+        fewer do. Neither changes in between, since all that is frozen there is frozen here.
+        """
+        for other in (number - 1, number + 1):
+            if other in range(len(self.stages)) and self._frozen(other) < self._frozen(number):
+                start = self._caches.get(other) or (self._ahead(other) if other > number else None)
+                self.model.set_trainable(self.plan[number])
+                if start is not None and start.holds_all_for(cache):
+                    return start
+        return None
+
+    def _ahead(self, number: int) -> StageCache | None:
+        """The store of a stage that is still to come, if there can be one."""
+        if self._why_not(number) is not None:
+            return None
+        try:
+            with self._filled(number) as cache:
+                return cache
+        except NoCutError:
+            return None
+
+    def _frozen(self, number: int) -> set[str]:
+        return {name for name, multiplier in self.plan[number].items() if multiplier == 0}
 
 
 def check_features(config: Config, model: Model, source: Source, stage: Stage) -> None:
@@ -102,8 +140,8 @@ def check_features(config: Config, model: Model, source: Source, stage: Stage) -
     Raises:
         TlearnError: `features.cache: on`, and why not.
     """
-    frozen = any(not p.requires_grad for p in model.net.parameters())
-    if config.features.cache == "on" and frozen and (reason := _why_not(config, model, source, stage, None)):
+    reason = _why_not(config, model, source, stage, None)
+    if config.features.cache == "on" and reason not in (None, NOTHING_FROZEN):
         raise _refused(stage, reason)
 
 
@@ -114,6 +152,8 @@ def _refused(stage: Stage, reason: str | None) -> TlearnError:
 def _why_not(config: Config, model: Model, source: Source, stage: Stage, recorded: str | None) -> str | None:
     """Why the frozen layers of a stage run in every step, as far as that can be said beforehand."""
     choice = config.features.cache
+    if all(p.requires_grad for p in model.net.parameters()):
+        return NOTHING_FROZEN
     if choice == "off":
         return "features.cache: off"
     if not isinstance(source, Indexed):
@@ -128,265 +168,3 @@ def _why_not(config: Config, model: Model, source: Source, stage: Stage, recorde
         if stage.views >= stage.epochs:
             return f"no view comes again in {stage.epochs} epochs"
     return None
-
-
-class StageCache:
-    """The stored outputs of the frozen layers of a stage.
-
-    Args:
-        config, runtime, source: of the run.
-        model: as `set_trainable` left it.
-        stage: with views filled in.
-
-    Raises:
-        NoCutError: no frozen layer gives all that the rest needs.
-    """
-
-    def __init__(self, config: Config, runtime: Runtime, model: Model, source: Indexed, stage: Stage) -> None:
-        assert stage.views is not None
-        self.config, self.runtime, self.model, self.source, self.views = config, runtime, model, source, stage.views
-        self.cut = self._agreed_cut()
-        dtype = torch.bfloat16 if config.features.dtype == "bf16" else self.cut.dtype
-        about = self._about(dtype)
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-        self.root = Path(os.environ.get("TLEARN_CACHE") or "~/.cache/tlearn").expanduser() / "features"
-        self.folder, self.about = self.root / digest[:24], about
-        self.stores = {
-            (split, view): Store(self.folder / f"{split}.{view}", source.sizes[split], self.cut.shape, dtype)
-            for split, views in (("train", self.views), ("val", 1))
-            for view in range(views)
-        }
-
-    @contextmanager
-    def filled(self) -> Iterator[None]:
-        """Inside, every row is there.
-
-        Raises:
-            NoCutError: it would be too large, or the disk is full.
-        """
-        with ExitStack() as held:
-            if trouble := self.runtime.on_main(lambda: self._prepare(held)):
-                raise NoCutError(trouble)
-            self._wait_for_others()
-            if not all(self.runtime.gather_lists([(self.folder / "about.json").exists()])):
-                raise NoCutError(f"not all machines see {self.root}; set TLEARN_CACHE to a folder on a shared disk")
-            self._fill()
-            self._raise_if_stopped()  # and wait until all rows are there
-            for store in self.stores.values():
-                store.open()
-            self.runtime.on_main(self._release)
-            yield
-
-    def train_loader(self, share: Share) -> Steps:
-        """As `Source.train_loader`: the same samples in the same order."""
-        split = self.source.splits["train"]
-        order = ShuffledOrder(split.shard_sizes(), self.config.seed)
-        stores = [self.stores["train", view] for view in range(self.views)]
-        return Loader(_Stored(split, order, share, stores), self._finish, device=self.runtime.device, workers=0)
-
-    def val_loader(self) -> Steps:
-        """As `Source.eval_loader`."""
-        split = self.source.splits["val"]
-        share = Share(1, self.runtime.rank, self.runtime.world_size).for_evaluation()
-        dataset = _Stored(split, SequentialOrder(len(split)), share, [self.stores["val", 0]])
-        return Loader(dataset, self._finish, device=self.runtime.device, workers=0)
-
-    def in_order(self, split: str) -> Iterator[torch.Tensor]:
-        """What is stored of a split's images, (b, *shape) on the device, in their order; of their first view."""
-        store = self.stores[split, 0]
-        for rows in np.array_split(np.arange(store.n), -(-store.n // _READ_ROWS)):
-            yield self._finish(store.read(rows).to(self.runtime.device))
-
-    def blank(self, n: int) -> Batch:
-        """See `Inputs`."""
-        labels = torch.zeros(n, dtype=torch.int64)
-        features = torch.zeros(n, *self.cut.shape, device=self.runtime.device)
-        return Batch(self._finish(features), labels.to(self.runtime.device), labels, labels)
-
-    def _finish(self, features: torch.Tensor) -> torch.Tensor:
-        features = features.to(self.cut.dtype)
-        return features.contiguous(memory_format=torch.channels_last) if self.cut.channels_last else features
-
-    def _trial(self) -> torch.Tensor:
-        """Two images of noise."""
-        size_px = self.model.preprocessing.size_px
-        noise = torch.randn(2, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))
-        return noise.to(self.runtime.device, self.runtime.dtype, memory_format=torch.channels_last)
-
-    def _about(self, dtype: torch.dtype) -> dict[str, Any]:
-        data, splits, environment = self.config.data, self.source.splits, self.runtime.environment()
-        return {
-            "version": _VERSION,
-            "backbone": self.model.backbone,
-            "layer": self.cut.name,
-            "shape": list(self.cut.shape),
-            "weights": fingerprint(self.model),
-            "preprocessing": repr(self.model.preprocessing),
-            "augment": [data.augment.scale, data.augment.ratio, data.augment.hflip] if self.views > 1 else None,
-            "seed": self.config.seed if self.views > 1 else None,
-            "data": self.source.fingerprint,
-            "samples": {
-                name: hashlib.sha256(splits[name].rows["key"].tobytes()).hexdigest() for name in ("train", "val")
-            },
-            "dtype": str(dtype),
-            **{key: environment[key] for key in ("versions", "device", "precision")},
-        }
-
-    def _agreed_cut(self) -> Cut:
-        """The same on all ranks, or an error on all."""
-        try:
-            with self.runtime.accelerator.autocast():
-                cut = find_cut(self.model, self._trial())
-            found = cut.name
-        except NoCutError as error:
-            found = f"!{error}"
-        if len(everyones := set(self.runtime.gather_lists([found]))) > 1:
-            raise NoCutError(f"the processes do not agree where to cut it: {', '.join(sorted(everyones))}")
-        if found.startswith("!"):
-            raise NoCutError(found.removeprefix("!"))
-        return cut
-
-    def _prepare(self, held: ExitStack) -> str | None:
-        """On rank 0: room and files; what is wrong, or None."""
-        needed = sum(store.nbytes for store in self.stores.values())
-        limit = self.config.features.max_gib * 2**30
-        if needed > limit:
-            return f"{needed / 2**30:.2f} GiB are more than features.max_gib={self.config.features.max_gib:g}"
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with (self.root / "room.lock").open("a+") as room:  # else another run might remove what is not yet held
-                fcntl.flock(room, fcntl.LOCK_EX)
-                is_new = not self.folder.exists()
-                self.folder.mkdir(exist_ok=True)
-                used = held.enter_context((self.folder / "used.lock").open("a+"))
-                fcntl.flock(used, fcntl.LOCK_SH)
-                os.utime(used.fileno())
-                self._filling = held.enter_context((self.folder / "filled.lock").open("a+"))
-                if not _make_room(self.root, self.folder, limit - needed):
-                    return f"features.max_gib={self.config.features.max_gib:g}: other runs use the rest of {self.root}"
-                try:
-                    for store in self.stores.values():
-                        store.allocate()
-                    if shutil.disk_usage(self.root).free < _RESERVE_BYTES:
-                        raise OSError(errno.ENOSPC, "less than 1 GiB would be left for checkpoints")
-                except OSError:
-                    if is_new:
-                        shutil.rmtree(self.folder)
-                    raise
-                write_json(self.folder / "about.json", self.about)
-        except OSError as error:
-            return f"{error.filename or self.folder}: {error.strerror}"
-        return None
-
-    def _wait_for_others(self) -> None:
-        """Until no other run fills the same."""
-        told = False
-        while not self.runtime.on_main(self._is_mine):
-            if not told:
-                show(f"waiting for another run that fills {self.folder}")
-            told = True
-            time.sleep(0.2)
-            self._raise_if_stopped()
-
-    def _is_mine(self) -> bool:
-        try:
-            fcntl.flock(self._filling, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def _release(self) -> None:
-        self._filling.close()
-
-    def _fill(self) -> None:
-        """Read all that is there, compute what is not: every rank its part of both."""
-        runtime, todo = self.runtime, dict[tuple[str, int], Array]()
-        for key, store in self.stores.items():
-            store.open()
-            start, stop = part_of(0, store.n, runtime.rank, runtime.world_size)
-            missing = store.missing(start, stop)
-            if not len(missing) and not self._agrees(key, np.arange(start, min(stop, start + _PROBES))):
-                show(f"{self.folder}: does not hold what the layers give; it is filled anew")
-                missing = np.arange(start, stop)
-            everyones = np.array(runtime.gather_lists(missing.tolist()), dtype=np.int64)
-            start, stop = part_of(0, len(everyones), runtime.rank, runtime.world_size)
-            todo[key] = everyones[start:stop]
-        with progress_bar("storing features", sum(map(len, todo.values()))) as advance:
-            for key, rows in todo.items():
-                if runtime.stop:
-                    return
-                for part, features in self._computed(key, rows):
-                    self.stores[key].write(part, features)
-                    advance(len(part))
-
-    def _agrees(self, key: tuple[str, int], rows: Array) -> bool:
-        """Whether some rows hold what would be computed now."""
-        store = self.stores[key]
-        for part, features in self._computed(key, rows):
-            stored, now = store.read(part).double(), features.cpu().double()
-            coarse = 2e-2 if torch.bfloat16 in (store.dtype, features.dtype) else 1e-3
-            if not (stored - now).abs().max() <= coarse * now.abs().max():  # also where it is not a number
-                return False
-        return True
-
-    def _computed(self, key: tuple[str, int], rows: Array) -> Iterator[tuple[Array, torch.Tensor]]:
-        """What the frozen beginning gives for these rows of a split, in one of its views; until a signal comes."""
-        if not len(rows):
-            return
-        split, view = key
-        share = Share(_FILL_IMAGES, 0, 1)
-        workers = self.config.data.workers if len(rows) > _FILL_IMAGES else 0
-        loader = self.source.listed_loader(
-            split, rows, self.views, self.model.preprocessing, share, self.runtime.device, self.runtime.dtype, workers
-        )
-        self.model.train()
-        done = 0
-        with self.runtime.accelerator.autocast(), loader.steps(0, loader.steps_per_epoch, view) as steps:
-            for (batch,) in steps:
-                if self.runtime.stop:
-                    return
-                n = len(batch.labels)
-                yield rows[done : done + n], outputs(self.model.net, self.cut, batch.images)
-                done += n
-
-    def _raise_if_stopped(self) -> None:
-        stopped = torch.tensor(float(bool(self.runtime.stop)), device=self.runtime.device)
-        if self.runtime.sum(stopped):
-            raise self.runtime.stop.error()
-
-
-class _Stored(MicroBatches):
-    """Reads rows in place of images; one store per view."""
-
-    def __init__(self, split: Split, order: Any, share: Share, stores: list[Store]) -> None:
-        super().__init__(split, order, _no_image, share, 0, 0, len(stores))
-        self.stores = stores
-
-    def _inputs(self, samples: Array, view: int) -> torch.Tensor:
-        return self.stores[view].read(samples)
-
-
-def _no_image(data: bytes, seed: int) -> Pixels:
-    raise AssertionError("rows are read in place of images")
-
-
-def _make_room(root: Path, mine: Path, limit: float) -> bool:
-    """Remove what was not used longest and nobody uses, until all but `mine` is no larger than `limit` bytes."""
-    others = sorted((path for path in root.iterdir() if path != mine and path.is_dir()), key=_last_use)
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in others}
-    for path in others:
-        if sum(sizes.values()) <= limit:
-            break
-        with (path / "used.lock").open("a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            shutil.rmtree(path)
-            del sizes[path]
-    return sum(sizes.values()) <= limit
-
-
-def _last_use(path: Path) -> float:
-    lock = path / "used.lock"
-    return lock.stat().st_mtime if lock.exists() else 0.0

@@ -20,12 +20,12 @@ from sklearn.svm import SVC
 from tlearn.config import Config, Stage
 from tlearn.data.source import Indexed
 from tlearn.errors import TlearnError
-from tlearn.features import StageCache
 from tlearn.metrics import wilson_interval
 from tlearn.models.build import Model, build_model
 from tlearn.models.cut import NoCutError, rest_only
 from tlearn.precision import choose_precision
 from tlearn.runtime import Runtime
+from tlearn.stagecache import StageCache
 from tlearn.stages import HEAD_ONLY, resolve
 
 Matrix = npt.NDArray[np.float32]

@@ -16,7 +16,7 @@ from tlearn.data.source import Source, open_source
 from tlearn.engine import Run, run_stage
 from tlearn.errors import StoppedBySignalError, TlearnError
 from tlearn.evaluate import evaluate
-from tlearn.features import check_features, stored_inputs
+from tlearn.features import Features, check_features
 from tlearn.files import write_json
 from tlearn.folder import Resume, RunFolder
 from tlearn.models.backbones import full_name
@@ -96,12 +96,12 @@ def train(
         with run.tracker, run.saver, closing(run.val_loader), _stopped_in(place), handled_by(runtime.stop.set):
             if progress.stage < len(stages):
                 run.tracker.log(runtime.start_row() | {"step": progress.step, "samples": progress.samples})
+            features = Features(config, runtime, model, source, progress, stages, plan)
             optimizer_state = restored.optimizer if restored else {}
             for number, (stage, multipliers) in enumerate(zip(stages, plan, strict=True)):
                 if number >= progress.stage:
                     first_epoch = sum(s.epochs for s in stages[:number])
-                    model.set_trainable(multipliers)
-                    with stored_inputs(config, runtime, model, source, progress, stage, run.images(stage)) as inputs:
+                    with features.inputs(number, run.images(stage)) as inputs:
                         optimizer_state = run_stage(run, stage, inputs, multipliers, first_epoch, optimizer_state)
             runtime.on_main(run.saver.wait)
             result = _result(run, source)
