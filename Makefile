@@ -1,6 +1,8 @@
 # Everything below works on a fresh machine with Python 3.11+, git and make.
 PYTHON ?= python3
 BIN := .venv/bin
+# two at a time: most tests use one core, and those of Slurm wait
+SIDE_BY_SIDE := -n 2 --dist loadfile
 
 .PHONY: demo test test-fast check soak format clean
 
@@ -16,11 +18,11 @@ demo: .venv/.demo
 	@echo "the run folder is demo/run"
 
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 # without the tests that train something real or start processes
 test-fast: .venv/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
 # what CI runs
 check: .venv/.dev

@@ -31,7 +31,7 @@ from tlearn.folder import RunFolder
 from tlearn.models.build import build_model
 from tlearn.predict import load
 from tlearn.run import train
-from tlearn.tracking import Tracker
+from tlearn.tracking import Tracker, WandB
 
 MakeConfig = Callable[..., Config]
 
@@ -420,6 +420,20 @@ def wandb_folder(tiny: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_wandb_records_offline_where_there_is_no_key(wandb_folder: Path) -> None:
     (record,) = (wandb_folder / "wandb").glob("offline-run-*/run-*.wandb")
     assert b"val/top1@32" in record.read_bytes()
+
+
+def test_a_run_goes_on_where_wandb_is_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    class Gone:
+        def __getattr__(self, name: str) -> Any:
+            raise BrokenPipeError("its process is no more")
+
+    sink, ended = WandB.__new__(WandB), []
+    sink._run, sink._teardown = Gone(), lambda: ended.append(True)
+    sink.log({"kind": "step", "step": 1})
+    sink.log({"kind": "step", "step": 2})
+    sink.close()
+    assert capfd.readouterr().err.count("W&B is lost (BrokenPipeError: its process is no more)") == 1
+    assert ended == [True]
 
 
 @pytest.mark.slow

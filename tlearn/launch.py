@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing import connection
 from types import FrameType
 from typing import Any, NamedTuple
@@ -191,8 +193,14 @@ def _run_rank(function: Callable[..., Any], arguments: tuple[Any, ...], environm
     os._exit(0 if report.error is None else 1)
 
 
+_PORTS = range(20_000, 32_768)
+"""Below those that Linux gives to connections of all kinds, which come in between until rank 0 listens."""
+
+
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    draw = random.SystemRandom()  # two launches at once shall not choose alike, whatever their seeds
+    while True:
+        port = draw.choice(_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
