@@ -17,12 +17,12 @@ import pytest
 import torch
 from pictures import encode, noise
 
-from tlearn.config import Augment
 from tlearn.data import loader
 from tlearn.data.loader import Batch, Loader, Share, eval_loader, train_loader
 from tlearn.data.order import batch_range
 from tlearn.data.shards import Sample, Split, read_index, write_index, write_split
 from tlearn.data.transforms import EvalTransform, Preprocessing
+from tlearn.dataconfig import Data
 from tlearn.errors import TlearnError
 
 N, BATCH = 23, 8  # batches of 7, 8 and 8
@@ -61,8 +61,8 @@ def no_worker_stays() -> Iterator[None]:
 
 
 def training(split: Split, *, workers: int = 0, seed: int = 5, **share: int) -> Loader:
-    taken = Share(**{"batch_size": BATCH, **share})
-    return train_loader(split, PREPROCESSING, Augment(), taken, seed=seed, workers=workers, **SETTINGS)
+    taken, data = Share(**{"batch_size": BATCH, **share}), Data(path="x", workers=workers)
+    return train_loader(split, PREPROCESSING, data, taken, seed=seed, **SETTINGS)
 
 
 def evaluation(split: Split, *, workers: int = 0, **share: int) -> Loader:

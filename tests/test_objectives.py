@@ -13,17 +13,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tlearn.config import Objective as ObjectiveConfig
+from tlearn.config import Supervised
 from tlearn.data.loader import Batch
+from tlearn.data.transforms import Preprocessing
+from tlearn.models.build import Model
 from tlearn.objectives import Objective, build_objective
 
 CLASSES = 4
+NAMES = ("a", "b", "c", "d")
 PER_CLASS = np.array([10, 1, 5, 0])
 
 
 def make_net(dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(12, CLASSES)).to(dtype)
+
+
+def make_model(net: nn.Module) -> Model:
+    return Model(net, "x", "random", "1", [], Preprocessing(2, (0, 0, 0), (1, 1, 1)), True)
 
 
 def make_batch(labels: torch.Tensor, dtype: torch.dtype = torch.float64, seed: int = 0) -> Batch:
@@ -36,8 +43,8 @@ def part(batch: Batch, start: int, stop: int) -> Batch:
 
 
 def make(net: nn.Module, *, weighted: bool, smoothing: float) -> Objective:
-    config = ObjectiveConfig(label_smoothing=smoothing, class_weight="inverse" if weighted else "none")
-    return build_objective(config, net, PER_CLASS)
+    config = Supervised(label_smoothing=smoothing, class_weight="inverse" if weighted else "none")
+    return build_objective(config, make_model(net), NAMES, PER_CLASS)
 
 
 def inverse_weights() -> torch.Tensor:

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image
 
 from tlearn.data.decode import load_rgb, open_image
 from tlearn.data.transforms import EvalTransform, Pixels, Preprocessing, TrainTransform, normalise
+from tlearn.dataconfig import Augment
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 Fit = Literal["crop", "pad", "squash"]
@@ -24,9 +25,8 @@ def preprocessing(size_px: int, **changes: Any) -> Preprocessing:
 
 
 def train_transform(size_px: int = 32, **changes: Any) -> TrainTransform:
-    values: dict[str, Any] = {"scale": (0.35, 1.0), "ratio": (0.75, 4 / 3), "hflip": 0.5}
-    fit = changes.pop("fit", "crop")
-    return TrainTransform(preprocessing(size_px, fit=fit), **{**values, **changes})
+    fit, grey = changes.pop("fit", "crop"), changes.pop("grey", False)
+    return TrainTransform(preprocessing(size_px, fit=fit, grey=grey), Augment(**changes))
 
 
 def flag(width: int = 400, height: int = 100) -> bytes:
@@ -233,7 +233,7 @@ def test_decoding_for_the_crop_shows_what_decoding_everything_shows(fit: Fit, si
     p = preprocessing(size_px, fit=fit, interpolation="bicubic")
     whole = EvalTransform(p)(png)
     assert psnr_db(EvalTransform(p)(jpeg), whole) > 33
-    transform = TrainTransform(p, (0.35, 1.0), (0.75, 4 / 3), 0.5)
+    transform = TrainTransform(p, Augment())
     for seed in range(3):
         small, large = transform(jpeg, seed), transform(png, seed)
         assert psnr_db(small, large) > 33

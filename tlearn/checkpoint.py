@@ -45,6 +45,10 @@ class Progress:
     """Optimizer steps done in the current stage."""
     stage_epochs: int = 0
     """Epochs of the current stage that were evaluated; a checkpoint may stand between the last step and this."""
+    stage_best: dict[str, Any] | None = None
+    """Val measures of the best epoch of the current stage."""
+    stage_stale: int = 0
+    """Epochs of the current stage since then."""
     step: int = 0
     """Optimizer steps done in all."""
     samples: int = 0

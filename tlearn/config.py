@@ -1,92 +1,20 @@
 """Every option of a run: typed, documented, validated. Read from YAML by configfile.py.
 
-This module imports neither torch nor the rest of tlearn, so that `--help` is instant.
+Imports no torch, so that `--help` is instant.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from tlearn.dataconfig import Data, Section
 
 StrategyName = Literal["feature_extraction", "partial", "full", "staged", "progressive", "scratch"]
-Pair = Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists only
 Rule = Annotated[tuple[str, Annotated[float, Field(ge=0)]], Field(strict=False)]
 Epochs = Annotated[int, Field(ge=1, le=10**6)]
 Duration = Annotated[float, Field(gt=0)] | Annotated[str, Field(pattern=r"^(100|[1-9]\d?(\.\d+)?|0\.\d*[1-9]\d*)%$")]
-
-
-class Section(BaseModel):
-    """A group of options; unknown keys are errors, values do not change once read."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class Augment(Section):
-    """Random changes to training images; drawn per sample from (seed, epoch, sample)."""
-
-    scale: Pair = (0.35, 1.0)
-    """Share of the image's area that a random crop covers, (smallest, largest)."""
-    ratio: Pair = (0.75, 4 / 3)
-    """Aspect ratio (width / height) of a random crop, (smallest, largest)."""
-    hflip: float = Field(0.5, ge=0, le=1)
-    """Probability of a left-right flip; 0 where left and right differ in meaning (digits, text, signs)."""
-    views: int | None = Field(None, ge=1, le=1000)
-    """So many changed versions of every image, in turn, epoch by epoch; 1: the image as evaluation sees it, unchanged.
-    Default: a new one in every epoch. With few views frozen layers need not run again (`features.cache`)."""
-
-    @field_validator("scale", "ratio")
-    @classmethod
-    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < value[0] <= value[1]:
-            raise ValueError("takes two numbers above 0, the smaller one first")
-        return value
-
-    @field_validator("scale")
-    @classmethod
-    def _share(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if value[1] > 1:
-            raise ValueError("a crop covers at most the whole image: largest share 1.0")
-        return value
-
-
-class Stream(Section):
-    """What an index would say of shards that have none."""
-
-    val: str = Field(min_length=1)
-    """Shards of the validation images, written like `data.path`."""
-    classes: list[str] = Field(min_length=2)
-    """Names of classes 0, 1, 2, ..."""
-    train_samples: int = Field(ge=1)
-    """Training images: the length of an epoch."""
-    val_samples: int = Field(ge=1)
-    """Validation images; evaluation fails if it counts others."""
-
-
-class Data(Section):
-    """Which images, at which size, and how they are fed."""
-
-    path: str
-    """A folder of class folders, or the output of `tlearn prepare`; for `reader: stream` WebDataset shards, as
-    `FOLDER/train-{000000..000127}.tar`, http URLs or `pipe:COMMAND`."""
-    reader: Literal["indexed", "stream"] = "indexed"
-    """stream: shards without an index, read from start to end (tlearn/data/stream.py says what that gives up)."""
-    stream: Stream | None = None
-    """What an index would say; for `reader: stream` only."""
-    image_size: int | None = Field(None, ge=16, le=2048)
-    """Side of the square the model sees, px. Default: the size its weights were trained for."""
-    fit: Literal["crop", "pad", "squash"] = "crop"
-    """How a rectangle becomes a square: centre crop, pad with the background, or change the aspect ratio."""
-    augment: Augment = Augment()
-    """Random changes to training images."""
-    max_train: int | None = Field(None, ge=1)
-    """Train on at most this many images, the classes as equal as they can be. Default: all."""
-    max_val: int | None = Field(None, ge=1)
-    """Validate on at most this many images, the classes as equal as they can be. Default: all."""
-    workers: int = Field(2, ge=0, le=256)
-    """Loader processes per training process; 0 decodes in the training process. Does not change the batches."""
 
 
 class Model(Section):
@@ -192,8 +120,8 @@ class Stage(Section):
     """Passes over the training set."""
     train: list[Rule] = Field(min_length=1)
     """(pattern, learning-rate multiplier): the first match wins, 0 freezes, every parameter must match one.
-    A pattern is `head`, `last:N` (the last N blocks of the backbone) or a regular expression for the start
-    of a parameter's name."""
+    A pattern is `head`, `last:N` (the last N blocks of the backbone), a range of layers such as `features.0-9`, or a
+    regular expression for the start of a parameter's name."""
     optimizer: Optimizer | None = None
     """Default: the run's `optimizer`."""
     schedule: Schedule | None = None
@@ -202,6 +130,10 @@ class Stage(Section):
     """Training size of this stage, px. Default: `data.image_size`, at which every stage is evaluated."""
     views: int | None = Field(None, ge=1, le=1000)
     """Default: `data.augment.views`."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """Default: the run's `layer_decay`."""
+    patience: int | None = Field(None, ge=1)
+    """Default: the run's `patience`."""
 
 
 class Features(Section):
@@ -216,15 +148,59 @@ class Features(Section):
     """auto: as the layers give them; bf16: half the size of fp32, rounded to 3 digits."""
 
 
-class Objective(Section):
-    """What is minimised."""
-
-    name: Literal["supervised"] = "supervised"
-    """supervised: cross-entropy on the labels."""
+class _OnLabels(Section):
+    needs_images: ClassVar[bool] = False
+    """Whether it looks at the images themselves, so that stored features do not do."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target spread evenly over the classes."""
-    class_weight: Literal["none", "inverse"] = "none"
-    """inverse: each class weighs the same in all, however many images it has."""
+    class_weight: Literal["none", "inverse", "effective"] = "none"
+    """inverse: each class weighs the same in all, however many images it has; effective: between the two, by the
+    effective number of samples (Cui et al. 2019)."""
+
+
+class Supervised(_OnLabels):
+    """Cross-entropy on the labels."""
+
+    name: Literal["supervised"] = "supervised"
+
+
+class Binary(_OnLabels):
+    """Two classes, one logit, binary cross-entropy; the second class is answered above probability 0.5."""
+
+    name: Literal["binary"] = "binary"
+
+
+class Distillation(_OnLabels):
+    """A trained network teaches a smaller one."""
+
+    needs_images: ClassVar[bool] = True
+    name: Literal["distillation"] = "distillation"
+    teacher: str = Field(min_length=1)
+    """Its run folder; the same classes."""
+    alpha: float = Field(0.5, ge=0, le=1)
+    """Weight of the teacher's answers; the labels have the rest."""
+    temperature: float = Field(4.0, gt=0)
+    """By which logits are divided before they are compared."""
+    features: float = Field(0.0, ge=0)
+    """Weight of the mean square difference of the features in front of the heads; through a projection where their
+    widths differ."""
+
+
+class DomainAdversarial(_OnLabels):
+    """Labelled images of one domain, and images of another one without labels, for which it is meant."""
+
+    needs_images: ClassVar[bool] = True
+    name: Literal["domain_adversarial"] = "domain_adversarial"
+    target: str = Field(min_length=1)
+    """Images of the target domain, as `data.path`; their labels are used for its accuracy alone, where the class names
+    are those of `data.path`. A batch holds `batch.size` images of each domain."""
+    strength: float = Field(1.0, gt=0)
+    """Of the reversed gradient at the end of the run; it rises from 0."""
+    hidden: int = Field(256, ge=1)
+    """Width of the discriminator."""
+
+
+Objective = Annotated[Supervised | Binary | Distillation | DomainAdversarial, Field(discriminator="name")]
 
 
 class Batch(Section):
@@ -309,9 +285,16 @@ class Config(Section):
     """For stages that name no other."""
     schedule: Schedule = Cosine()
     """For stages that name no other."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """The rates of the backbone's last block are multiplied by this, those of the block before it by its square, and so
+    on (Clark et al. 2020, Bao et al. 2022); 0.75, say, for a Vision Transformer. For stages that name no other."""
+    patience: int | None = Field(None, ge=1)
+    """A stage ends once so many epochs in a row were no better on val. For stages that name no other."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay per step, 0.999 say, of a moving average of the weights, which is evaluated and kept in their place."""
     features: Features = Features()
     """The outputs of frozen layers, stored."""
-    objective: Objective = Objective()
+    objective: Objective = Supervised()
     """What is minimised."""
     batch: Batch = Batch()
     """How many images make one optimizer step."""
@@ -332,7 +315,7 @@ class Config(Section):
     run: RunOptions = RunOptions()
     """How the run itself behaves."""
 
-    @field_validator("optimizer", "schedule", mode="before")
+    @field_validator("optimizer", "schedule", "objective", mode="before")
     @classmethod
     def _default_kind(cls, value: Any, info: ValidationInfo) -> Any:
         # `optimizer.lr=1e-4` alone means the default optimizer at another rate
@@ -357,6 +340,10 @@ class Config(Section):
                 raise ValueError("data.reader: stream needs data.stream (val, classes, train_samples, val_samples)")
             if data.max_train is not None or data.max_val is not None:
                 raise ValueError("data.max_train and data.max_val need an index; set data.stream.train_samples instead")
+            if data.sampling != "natural" or data.normalise != "weights" or data.augment.mixup or data.augment.cutmix:
+                raise ValueError(
+                    "data.sampling, data.normalise, mixup and cutmix need an index; data.reader: stream has none"
+                )
             if self.objective.class_weight != "none":
                 raise ValueError("objective.class_weight needs counts from an index; data.reader: stream has none")
             if data.augment.views is not None or any(stage.views for stage in self.stages or []):
@@ -372,6 +359,10 @@ class Config(Section):
                 f"strategy scratch trains random weights, but model.weights is {self.model.weights!r}: "
                 "set model.weights=random, or strategy=full to fine-tune them"
             )
+        mixes = self.data.augment.mixup > 0 or self.data.augment.cutmix > 0
+        alone = not (mixes or self.batch.find or self.data.reader == "stream")
+        if self.objective.name == "domain_adversarial" and not alone:
+            raise ValueError("domain_adversarial goes with neither mixup, cutmix, batch.find nor data.reader: stream")
         names = [stage.name for stage in self.stages or []]
         if len(set(names)) < len(names):
             raise ValueError(f"stages: every stage needs a name of its own, got {names}")

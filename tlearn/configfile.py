@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from tlearn.config import Config, Section
+from tlearn.config import Config
+from tlearn.dataconfig import Section
 from tlearn.errors import TlearnError
 
 _SCALARS = (

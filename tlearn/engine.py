@@ -22,9 +22,16 @@ from tlearn.evaluate import evaluate
 from tlearn.features import Inputs
 from tlearn.folder import RunFolder
 from tlearn.ledger import Ledger
-from tlearn.models.build import Model
+from tlearn.models.build import Mirrored, Model
 from tlearn.objectives import LossSum, Objective
-from tlearn.optim import build_optimizer, load_named_state, lr_factor, named_state, set_learning_rates
+from tlearn.optim import (
+    WeightAverage,
+    build_optimizer,
+    load_named_state,
+    lr_factor,
+    named_state,
+    set_learning_rates,
+)
 from tlearn.replicas import average_statistics, blank_batch, check_replicas, find_micro_batch, warm_up
 from tlearn.runtime import Runtime
 from tlearn.saver import Saver
@@ -44,11 +51,18 @@ class Run:
     val_loader: Steps
     train_images: int
     share: Share
+    epochs: int
+    """Of all stages."""
     model: Model
     objective: Objective
     tracker: Tracker
     saver: Saver
     progress: Progress
+
+    @property
+    def scored(self) -> nn.Module:
+        """What is evaluated."""
+        return Mirrored(self.model.net) if self.config.data.eval_flips else self.model.net
 
     def images(self, stage: Stage) -> Inputs:
         """What a stage is fed where every layer computes in every step."""
@@ -107,6 +121,7 @@ def run_stage(
     check_replicas(runtime, model.net, f"at the start of stage {stage.name}")
     optimizer = build_optimizer(stage.optimizer, model.net, multipliers)
     load_named_state(optimizer, optimizer_state)
+    average = WeightAverage(model.net, config.ema, optimizer_state)
     shell, stepper = runtime.prepare(Shell(run.objective), optimizer)
     runtime.load_scaler(progress.scaler)
     model.net.eval()  # the next two lines must not move statistics
@@ -115,39 +130,50 @@ def run_stage(
     statistics = model.moving_statistics
     loader = inputs.train(share)
     total = stage.epochs * loader.steps_per_epoch
-    ledger = Ledger(runtime, run.objective, run.tracker, progress, stage.name, run.saver, audit=config.run.audit)
+    ledger = Ledger(runtime, run.objective.weight, run.tracker, progress, stage.name, run.saver, audit=config.run.audit)
     started = time.perf_counter()
 
     def epoch_is_over() -> bool:
         return progress.stage_step == (progress.stage_epochs + 1) * loader.steps_per_epoch
 
+    def is_settled() -> bool:
+        return stage.patience is not None and progress.stage_stale >= stage.patience
+
+    def state() -> dict[str, torch.Tensor]:
+        return named_state(optimizer) | average.state()
+
     with (
-        _saved_when_stopped(run, ledger, optimizer),
+        _saved_when_stopped(run, ledger, state),
         loader.steps(progress.stage_step, total, first_epoch) as steps,
         progress_bar(stage.name, total, progress.stage_step) as advance,
     ):
         ledger.pause()
         model.train()
         if epoch_is_over():  # the run ended between the last step of an epoch and its evaluation
-            _finish_epoch(run, ledger, inputs.val, stage, first_epoch)
-        for micro_batches in steps:
+            _finish_epoch(run, ledger, average, inputs.val, stage, first_epoch)
+        for micro_batches in steps if not is_settled() else ():
             epoch = progress.stage_step / loader.steps_per_epoch
+            run.objective.time = (first_epoch + epoch) / run.epochs
             lr = stage.optimizer.lr * lr_factor(stage.schedule, epoch, stage.epochs)
             rates = set_learning_rates(optimizer, lr)
             sums = _train_step(run, shell, optimizer, stepper, statistics, micro_batches)
             ledger.add(sums, micro_batches, first_epoch + int(epoch), rates)
+            average.update(progress.step)
             advance(note=ledger.note)
             if ledger.stop:
                 raise runtime.stop.error()
             if ledger.save_due or run.saver.is_due(progress, loader.steps_per_epoch):
-                _save(run, ledger, optimizer)
+                _save(run, ledger, state)
             if epoch_is_over():
-                _finish_epoch(run, ledger, inputs.val, stage, first_epoch)
+                _finish_epoch(run, ledger, average, inputs.val, stage, first_epoch)
+                if is_settled():
+                    show(f"stage {stage.name} ends: {progress.stage_stale} epochs were no better")
+                    break
     run.tracker.log(
         {
             "kind": "stage",
             "stage": stage.name,
-            "epoch": first_epoch + stage.epochs - 1,
+            "epoch": first_epoch + progress.stage_epochs - 1,
             "step": progress.step,
             "samples": progress.samples,
             "trainable_parameters": sum(p.numel() for p in model.net.parameters() if p.requires_grad),
@@ -155,9 +181,10 @@ def run_stage(
         }
     )
     progress.stage, progress.stage_step, progress.stage_epochs = progress.stage + 1, 0, 0
-    _save(run, ledger, optimizer)
+    progress.stage_best, progress.stage_stale = None, 0
+    _save(run, ledger, state)
     runtime.accelerator.free_memory()
-    return named_state(optimizer)
+    return state()
 
 
 def _fitting_share(run: Run, shell: nn.Module, optimizer: torch.optim.Optimizer, stage: str, inputs: Inputs) -> Share:
@@ -211,14 +238,16 @@ def _train_step(
     return runtime.sum(sums)
 
 
-def _finish_epoch(run: Run, ledger: Ledger, val_loader: Steps, stage: Stage, first_epoch: int) -> None:
+def _finish_epoch(
+    run: Run, ledger: Ledger, average: WeightAverage, val_loader: Steps, stage: Stage, first_epoch: int
+) -> None:
     """Evaluate, log the epoch, keep the best weights."""
     ledger.settle()
     progress, size_px = run.progress, run.model.preprocessing.size_px
     epoch = first_epoch + progress.stage_epochs
     check_replicas(run.runtime, run.model.net, f"after epoch {epoch + 1}")
-    val = evaluate(run.runtime, run.model.net, val_loader, run.classes)
-    run.model.train()
+    with average.applied():
+        val = evaluate(run.runtime, run.scored, val_loader, run.classes)
     sums, progress.epoch_sums = progress.epoch_sums, {}
     loss = sums["loss"] / sums["weight"] if sums else None  # none: every step was rejected
     top1 = sums["correct"] / sums["n"] if sums else None
@@ -238,7 +267,12 @@ def _finish_epoch(run: Run, ledger: Ledger, val_loader: Steps, stage: Stage, fir
     # sorting keeps the order of equals: the earlier epoch wins
     progress.best = sorted([*progress.best, score], key=_rank, reverse=True)[: run.config.keep.best]
     progress.stage_epochs += 1
-    run.saver.keep_best(run.model.net.state_dict(), progress.best, score)
+    progress.stage_stale += 1
+    if progress.stage_best is None or _rank(score) > _rank(progress.stage_best):
+        progress.stage_best, progress.stage_stale = score, 0
+    with average.applied():
+        run.saver.keep_best(run.model.weights_alone, progress.best, score)
+    run.model.train()
     ledger.pause()
 
 
@@ -252,19 +286,19 @@ def _number(loss: float | None) -> str:
 
 
 @contextmanager
-def _saved_when_stopped(run: Run, ledger: Ledger, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def _saved_when_stopped(run: Run, ledger: Ledger, state: Callable[[], Tensors]) -> Iterator[None]:
     """A stop on which all ranks agreed leaves with everything saved."""
     try:
         yield
     except StoppedBySignalError:
-        _save(run, ledger, optimizer)
+        _save(run, ledger, state)
         run.runtime.on_main(run.saver.wait)
         raise
 
 
-def _save(run: Run, ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:
+def _save(run: Run, ledger: Ledger, state: Callable[[], Tensors]) -> None:
     ledger.settle()
     run.progress.scaler = run.runtime.scaler_state()
-    run.saver.save(run.model.net.state_dict(), named_state(optimizer), run.progress)
+    run.saver.save(run.model.net.state_dict(), state(), run.progress)
     ledger.save_due = False
     ledger.pause()

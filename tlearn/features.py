@@ -156,10 +156,16 @@ def _why_not(config: Config, model: Model, source: Source, stage: Stage, recorde
         return NOTHING_FROZEN
     if choice == "off":
         return "features.cache: off"
+    if config.objective.needs_images:
+        return f"objective {config.objective.name} looks at the images"
     if not isinstance(source, Indexed):
         return "a stream has no index"
     if stage.views is None:
         return "new crops in every epoch; set data.augment.views=4, say"
+    if config.data.eval_flips:
+        return "images are evaluated in two ways; set data.eval_flips=false"
+    if config.data.augment.mixup or config.data.augment.cutmix:
+        return "images are mixed in every step; set data.augment.mixup=0 and cutmix=0"
     if stage.image_size != model.preprocessing.size_px:
         return "it trains at another size than it is evaluated at"
     if choice == "auto" and recorded != CACHED:

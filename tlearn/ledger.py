@@ -14,7 +14,6 @@ from tlearn.checkpoint import Progress
 from tlearn.data.loader import Batch
 from tlearn.data.order import mix_array
 from tlearn.errors import DivergedError
-from tlearn.objectives import Objective
 from tlearn.runtime import Runtime
 from tlearn.saver import Saver
 from tlearn.tracking import Row, Tracker
@@ -47,7 +46,8 @@ class Ledger:
     """Turns the sums of a step into a row of metrics.
 
     Args:
-        runtime, objective, tracker: of the run.
+        runtime, tracker: of the run.
+        weigh: labels of a batch -> what its loss sum is divided by.
         progress: counted up here.
         stage: its name.
         saver: is told how long steps take, and knows the newest checkpoint.
@@ -57,7 +57,7 @@ class Ledger:
     def __init__(
         self,
         runtime: Runtime,
-        objective: Objective,
+        weigh: Callable[[torch.Tensor], float],
         tracker: Tracker,
         progress: Progress,
         stage: str,
@@ -65,7 +65,7 @@ class Ledger:
         *,
         audit: bool,
     ) -> None:
-        self.runtime, self.objective, self.tracker, self.progress = runtime, objective, tracker, progress
+        self.runtime, self.weigh, self.tracker, self.progress = runtime, weigh, tracker, progress
         self.stage, self.saver, self.audit = stage, saver, audit
         self.stop = self.save_due = False
         self.note = ""
@@ -93,12 +93,13 @@ class Ledger:
             "step": progress.step,
             "samples": progress.samples,
             "n": len(labels),
+            "labelled": int((labels >= 0).sum()),
             "lr": rates,
         }
         keys = [batch.keys for batch in micro_batches]
         if self.audit:
             row["batch_hash"] = _batch_hash(self.runtime, keys)
-        self._pending = _Pending(row, self.runtime.fetch(sums), self.objective.weight(labels), keys)
+        self._pending = _Pending(row, self.runtime.fetch(sums), self.weigh(labels), keys)
         if self.runtime.device.type == "cpu":  # it has waited already
             self.settle()
 
@@ -114,7 +115,7 @@ class Ledger:
         sums = StepSums(*read())
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        progress, n = self.progress, row.pop("n")
+        progress, n, labelled = self.progress, row.pop("n"), row.pop("labelled")
         progress.seconds += seconds
         self.saver.step_took(seconds)
         row["train/loss"] = sums.loss / weight if math.isfinite(sums.loss) else None
@@ -127,7 +128,7 @@ class Ledger:
             )
         else:
             progress.rejected = 0
-            for name, value in {"loss": sums.loss, "weight": weight, "correct": sums.correct, "n": n}.items():
+            for name, value in {"loss": sums.loss, "weight": weight, "correct": sums.correct, "n": labelled}.items():
                 progress.epoch_sums[name] = progress.epoch_sums.get(name, 0.0) + value
         self.stop, self.save_due = sums.stop > 0, sums.save > 0
         self.note = f"loss {sums.loss / weight:.3f}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from tlearn.config import SGD, Adam, AdamW, Constant, Cosine, CosineWarmRestarts
 
 OptimizerConfig = Adam | AdamW | SGD
 ScheduleConfig = Constant | Step | Cosine | CosineWarmRestarts
+
+_AVERAGE = "ema"
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -83,6 +86,8 @@ def load_named_state(optimizer: torch.optim.Optimizer, state: Mapping[str, torch
     by_parameter: dict[str, dict[str, torch.Tensor]] = {}
     for path, value in state.items():
         name, _, key = path.rpartition("/")
+        if key == _AVERAGE:
+            continue
         by_parameter.setdefault(name, {})[key] = value
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
@@ -92,6 +97,50 @@ def load_named_state(optimizer: torch.optim.Optimizer, state: Mapping[str, torch
                 # the parameter (channels last), which a file does not keep: fused kernels do not look at strides.
                 like = value.to(parameter.device) if key == "step" else parameter
                 optimizer.state[parameter][key] = torch.empty_like(like).copy_(value)
+
+
+class WeightAverage:
+    """Exponential moving average of the weights that train (Polyak & Juditsky 1992): those of the last steps smoothed.
+
+    What stands still in a stage is not averaged.
+
+    Args:
+        net: the network.
+        decay: of the average, per step; None: there is none.
+        state: by `NAME/ema`, of the stage before or of a checkpoint.
+    """
+
+    def __init__(self, net: nn.Module, decay: float | None, state: Mapping[str, torch.Tensor]) -> None:
+        self.decay = decay
+        self.weights = {n: p for n, p in net.named_parameters() if p.requires_grad} if decay else {}
+        self.averages = {
+            name: torch.empty_like(p).copy_(state.get(f"{name}/{_AVERAGE}", p.detach()))
+            for name, p in self.weights.items()
+        }
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after optimizer step `step` of the run; at its beginning the average forgets sooner."""
+        if self.decay:
+            decay = min(self.decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(self.averages.values()), list(self.weights.values()), 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the network has the averages for weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """By `NAME/ema`."""
+        return {f"{name}/{_AVERAGE}": average for name, average in self.averages.items()}
+
+    def _swap(self) -> None:
+        for name, weight in self.weights.items():
+            weight.data, self.averages[name] = self.averages[name], weight.data
 
 
 def state_to_come(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tlearn import checkpoint
 from tlearn.config import Config
-from tlearn.configfile import load_config
 from tlearn.data.decode import UnreadableImageError
 from tlearn.data.loader import EVAL_IMAGES, Share, Steps, eval_loader
 from tlearn.data.plan import Options
@@ -22,10 +20,9 @@ from tlearn.data.source import open_source
 from tlearn.data.transforms import EvalTransform, Preprocessing, normalise
 from tlearn.errors import TlearnError
 from tlearn.evaluate import evaluate
-from tlearn.folder import RunFolder
-from tlearn.models.backbones import build_backbone
-from tlearn.models.build import Card, replace_head
+from tlearn.models.build import Mirrored
 from tlearn.runtime import Runtime
+from tlearn.trained import load_trained
 
 
 class Prediction(NamedTuple):
@@ -57,8 +54,9 @@ class Classifier:
         config: Config,
         data_fingerprint: str,
     ) -> None:
-        self.net, self.classes, self.preprocessing, self.runtime = net, tuple(classes), preprocessing, runtime
+        self.classes, self.preprocessing, self.runtime = tuple(classes), preprocessing, runtime
         self.config, self.data_fingerprint = config, data_fingerprint
+        self.net = Mirrored(net) if config.data.eval_flips else net
 
     def predict(self, paths: Sequence[str | Path], topk: int = 5) -> list[Prediction]:
         """The `topk` most likely classes of every file, in the files' order; unreadable files carry an error."""
@@ -112,7 +110,8 @@ class Classifier:
                 "what is held out now; name what is to be scored with --data"
             )
         where = self.preprocessing, Share(EVAL_IMAGES), self.runtime.device, self.runtime.dtype
-        return {name: source.eval_loader(name, *where) for name in ("val", "test") if name in source.sizes}
+        held_out = [name for name in ("val", "test", "target") if name in source.sizes]
+        return {name: source.eval_loader(name, *where) for name in held_out}
 
     def _foreign(self, path: Path) -> dict[str, Steps]:
         if not path.is_dir():
@@ -151,17 +150,9 @@ def load(run: str | Path) -> Classifier:
     Raises:
         TlearnError: no run there, or one that has not finished an epoch.
     """
-    folder = RunFolder(Path(run))
-    if not folder.card.is_file():
-        raise TlearnError(f"{run}: holds no trained model (expected {folder.card})")
-    state, _ = checkpoint.load_best(folder.best)
-    card = Card.read(folder.card)
-    config = load_config(folder.config)
+    net, _, card, config = load_trained(Path(run))
     runtime = Runtime()
     # what was trained on another device can be used on this one
     runtime.set_precision("fp32" if runtime.unsupported(config.precision) else config.precision)
-    net = build_backbone(card.backbone, "random", card.preprocessing.size_px, 0.0).net
-    replace_head(net, len(card.classes))
-    net.load_state_dict(state)
-    net.to(runtime.device, runtime.dtype, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    net.to(runtime.device, runtime.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Classifier(net, card.classes, card.preprocessing, runtime, config, card.data_fingerprint)

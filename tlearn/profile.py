@@ -10,7 +10,7 @@ from typing import Annotated
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from tlearn.config import Section
+from tlearn.dataconfig import Section
 from tlearn.errors import TlearnError
 
 _NAME = re.compile(r"[A-Za-z_]\w*")

@@ -20,9 +20,9 @@ from tlearn.features import Features, check_features
 from tlearn.files import write_json
 from tlearn.folder import Resume, RunFolder
 from tlearn.models.backbones import full_name
-from tlearn.models.build import Card, Model, build_model
+from tlearn.models.build import BESIDE, Card, Model, build_model
 from tlearn.models.weights import check_weights
-from tlearn.objectives import build_objective
+from tlearn.objectives import Objective, build_objective
 from tlearn.precision import choose_precision
 from tlearn.runtime import Runtime
 from tlearn.saver import Saver
@@ -59,16 +59,19 @@ def train(
         _check_names(config, runtime, card)
         source = open_source(config)
         share = _share(config, runtime, source.sizes["train"])
-        model = build_model(config, len(source.classes), card)
+        model = build_model(config, len(source.classes), card, source.colours)
         precision, measured = runtime.on_main(
             lambda: choose_precision(place.precision_of(config), runtime.device, model)
         )
         _check_precision(precision, runtime)
         runtime.set_precision(precision)
         asked, config = config.model.weights, _resolved(config, model, precision)
+        objective = build_objective(config.objective, model, source.classes, source.per_class)
         stages = filled(config)
         sizes = {name: parameter.numel() for name, parameter in model.net.named_parameters()}
-        plan = [resolve(stage, list(sizes), model.head, model.blocks) for stage in stages]
+        beside = {name: 1.0 for name in sizes if name.startswith(f"{BESIDE}.")}
+        own = [name for name in sizes if name not in beside]
+        plan = [resolve(stage, own, model.head, model.blocks) | beside for stage in stages]
         for stage, multipliers in zip(stages, plan, strict=True):
             model.set_trainable(multipliers)
             share.check(source.sizes["train"], stage.name, model.smallest_batch)
@@ -89,7 +92,7 @@ def train(
             state = restored._replace(progress=progress)
             found = runtime.on_main(lambda: checkpoint.save(place.checkpoints, state, config.keep.checkpoints, found))
         runtime.on_main(lambda: place.open(config, environment, model, asked, source.classes, source.fingerprint))
-        run = _run(config, runtime, place, found, source, share, model, progress)
+        run = _run(config, runtime, place, found, source, share, model, objective, progress)
         _introduce(run, source)
         show_stages(stages, plan, sizes)
 
@@ -130,6 +133,7 @@ def _run(
     source: Source,
     share: Share,
     model: Model,
+    objective: Objective,
     progress: Progress,
 ) -> Run:
     loading: dict[str, Any] = {"device": runtime.device, "dtype": runtime.dtype}
@@ -145,8 +149,9 @@ def _run(
         val_loader=source.eval_loader("val", model.preprocessing, share.for_evaluation(), **loading),
         train_images=source.sizes["train"],
         share=share,
+        epochs=sum(stage.epochs for stage in config.stages or []),
         model=model,
-        objective=build_objective(config.objective, model.net, source.per_class).to(runtime.device),
+        objective=objective.to(runtime.device),
         tracker=tracker,
         saver=Saver(
             place.checkpoints,
@@ -182,7 +187,8 @@ def _share(config: Config, runtime: Runtime, n: int) -> Share:
         raise TlearnError(f"batch.size = {config.batch.size}: there are only {n} train images; use batch.size={n}")
     if config.batch.size < runtime.world_size:
         raise TlearnError(f"batch.size = {config.batch.size}: fewer images than the {runtime.world_size} processes")
-    return Share(config.batch.size, runtime.rank, runtime.world_size).in_parts_of(config.batch.micro, n)
+    unit = 2 if config.data.augment.mixup or config.data.augment.cutmix else 1  # neighbours are mixed
+    return Share(config.batch.size, runtime.rank, runtime.world_size, unit=unit).in_parts_of(config.batch.micro, n)
 
 
 def _resolved(config: Config, model: Model, precision: str) -> Config:
@@ -216,15 +222,13 @@ def _introduce(run: Run, source: Source) -> None:
 def _result(run: Run, source: Source) -> dict[str, Any]:
     """Reload the best weights and score val, and test where there is one."""
     state, best = checkpoint.load_best(run.folder.best)
-    run.model.net.load_state_dict(state)
-    progress, runtime, net = run.progress, run.runtime, run.model.net
+    run.model.load_weights(state)
+    progress, runtime, net = run.progress, run.runtime, run.scored
     result = {"val": evaluate(runtime, net, run.val_loader, run.classes)}
-    if "test" in source.sizes:
-        share = run.share.for_evaluation()
-        with closing(
-            source.eval_loader("test", run.model.preprocessing, share, runtime.device, runtime.dtype)
-        ) as loader:
-            result["test"] = evaluate(runtime, net, loader, run.classes)
+    where = run.model.preprocessing, run.share.for_evaluation(), runtime.device, runtime.dtype
+    for split in [name for name in ("test", "target") if name in source.sizes]:
+        with closing(source.eval_loader(split, *where)) as loader:
+            result[split] = evaluate(runtime, net, loader, run.classes)
     return result | {
         "best": best,
         "top": progress.best,

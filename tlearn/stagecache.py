@@ -26,8 +26,8 @@ import torch
 
 from tlearn.config import Config, Stage
 from tlearn.console import progress_bar, show
-from tlearn.data.loader import Batch, Loader, MicroBatches, Share, Steps
-from tlearn.data.order import Array, SequentialOrder, ShuffledOrder, part_of
+from tlearn.data.loader import Batch, Loader, MicroBatches, Share, Steps, train_order
+from tlearn.data.order import Array, SequentialOrder, part_of
 from tlearn.data.room import reserve
 from tlearn.data.shards import Split
 from tlearn.data.source import Indexed
@@ -105,7 +105,7 @@ class StageCache:
     def train_loader(self, share: Share) -> Steps:
         """As `Source.train_loader`: the same samples in the same order."""
         split = self.source.splits["train"]
-        order = ShuffledOrder(split.shard_sizes(), self.config.seed)
+        order = train_order(split, self.config.data.sampling, self.config.seed)
         stores = [self.stores["train", view] for view in range(self.views)]
         return Loader(_Stored(split, order, share, stores), self._finish, device=self.runtime.device, workers=0)
 
@@ -151,7 +151,7 @@ class StageCache:
             "shape": list(self.cut.shape),
             "weights": fingerprint(self.model),
             "preprocessing": repr(self.model.preprocessing),
-            "augment": [data.augment.scale, data.augment.ratio, data.augment.hflip] if self.views > 1 else None,
+            "augment": data.augment.model_dump(exclude={"views"}) if self.views > 1 else None,
             "seed": self.config.seed if self.views > 1 else None,
             "data": self.source.fingerprint,
             "samples": {

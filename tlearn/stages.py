@@ -84,7 +84,7 @@ def expand(config: Config) -> Config:
 
 
 def filled(config: Config) -> list[Stage]:
-    """The stages, each with its optimizer, schedule, image size and views: its own or the run's.
+    """The stages, each with its optimizer, schedule, image size and so on: its own or the run's.
 
     Raises:
         TlearnError: a warm-up that is longer than its stage.
@@ -96,6 +96,8 @@ def filled(config: Config) -> list[Stage]:
                 "schedule": stage.schedule or config.schedule,
                 "image_size": stage.image_size or config.data.image_size,
                 "views": stage.views or config.data.augment.views,
+                "layer_decay": stage.layer_decay or config.layer_decay,
+                "patience": stage.patience or config.patience,
             }
         )
         for stage in expand(config).stages or []
@@ -141,6 +143,10 @@ def resolve(stage: Stage, names: Sequence[str], head: str, blocks: Sequence[Sequ
         )
     if not any(multipliers.values()):
         raise TlearnError(f"stages: {stage.name}: every parameter has multiplier 0; nothing would train")
+    decay = stage.layer_decay or 1.0
+    for depth, block in enumerate(reversed(blocks), start=1):
+        for name in block:
+            multipliers[name] *= decay**depth
     return multipliers
 
 
@@ -152,6 +158,9 @@ def _matches(stage: str, pattern: str, names: Sequence[str], head: str, blocks: 
         if not 1 <= n <= len(blocks):
             raise TlearnError(f"stages: {stage}: {pattern!r}: this backbone has 1 to {len(blocks)} blocks")
         return [name for block in blocks[-n:] for name in block]
+    if layers := re.fullmatch(r"([\w.]+)\.(\d+)-(\d+)", pattern):
+        prefixes = tuple(f"{layers[1]}.{i}." for i in range(int(layers[2]), int(layers[3]) + 1))
+        return [name for name in names if name.startswith(prefixes)]
     try:
         return [name for name in names if re.match(pattern, name)]
     except (re.error, OverflowError) as error:

@@ -33,7 +33,7 @@ def show_stages(stages: Sequence[Stage], plan: Sequence[Mapping[str, float]], si
             ", ".join(f"{pattern} x{multiplier:g}" for pattern, multiplier in stage.train if multiplier > 0),
             f"{_short(trained)} of {_short(sum(sizes.values()))}",
             stage.optimizer.name,
-            ", ".join(f"{rate:.2g}" for rate in rates),
+            ", ".join(f"{rate:.2g}" for rate in rates) if len(rates) <= 3 else f"{rates[0]:.2g} to {rates[-1]:.2g}",
             stage.schedule.name,
         )
     show(table)
@@ -42,7 +42,7 @@ def show_stages(stages: Sequence[Stage], plan: Sequence[Mapping[str, float]], si
 def scores_table(result: Mapping[str, Any]) -> Table:
     """One row a split."""
     table = _table("result", "split", "images", "top-1", "95 % interval", "macro F1", "loss")
-    for split in ("val", "test"):
+    for split in ("val", "test", "target"):
         if split in result:
             r = result[split]
             low, high = r["top1_interval95"]

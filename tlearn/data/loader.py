@@ -18,12 +18,22 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tlearn.config import Augment
 from tlearn.data.decode import UnreadableImageError
-from tlearn.data.order import Array, SequentialOrder, ShuffledOrder, batch_range, mix, part_of, steps_per_epoch
+from tlearn.data.mixing import Mixing, draw, mixed
+from tlearn.data.order import (
+    Array,
+    BalancedOrder,
+    SequentialOrder,
+    ShuffledOrder,
+    batch_range,
+    mix,
+    part_of,
+    steps_per_epoch,
+)
 from tlearn.data.shards import Split
 from tlearn.data.transforms import EvalTransform, Pixels, Preprocessing, TrainTransform, normalise
 from tlearn.data.workers import no_fork, serve
+from tlearn.dataconfig import Augment, Data
 from tlearn.errors import TlearnError
 
 START_METHOD = "fork" if sys.platform == "linux" else None
@@ -59,6 +69,8 @@ class Batch:
     """(b,) int64: the samples' 64-bit keys, on the CPU."""
     global_labels: torch.Tensor
     """(B,) int64: labels of the whole global batch, which every rank knows without communication; on the CPU."""
+    shares: torch.Tensor | None = None
+    """(b,) on the device: what each image keeps of itself; the rest is its neighbour's (data/mixing.py)."""
 
 
 class Position(NamedTuple):
@@ -77,10 +89,14 @@ class Share:
     rank: int = 0
     world_size: int = 1
     accumulate: int = 1
+    unit: int = 1
+    """So many neighbours are never cut apart."""
 
     def part(self, start: int, stop: int, micro: int) -> tuple[int, int]:
         """Of positions [start, stop), a global batch, those of micro-batch `micro` of this process."""
-        return part_of(*part_of(start, stop, self.rank, self.world_size), micro, self.accumulate)
+        units = -(-(stop - start) // self.unit)
+        first, last = part_of(*part_of(0, units, self.rank, self.world_size), micro, self.accumulate)
+        return start + first * self.unit, min(stop, start + last * self.unit)
 
     def in_parts_of(self, micro: int | None, n: int) -> Share:
         """The share cut into micro-batches of at most `micro` images (None: not cut), in an epoch of n images."""
@@ -90,7 +106,7 @@ class Share:
     def largest_part(self, n: int) -> int:
         """Images in the largest micro-batch of any process in an epoch of n."""
         batch = -(-n // steps_per_epoch(n, self.batch_size))
-        return -(-batch // self.world_size // self.accumulate)
+        return -(-batch // self.unit // self.world_size // self.accumulate) * self.unit
 
     def check(self, n: int, stage: str, needed: int) -> None:
         """Raise where a process would have fewer than `needed` images in a micro-batch.
@@ -114,7 +130,8 @@ class Share:
 
     def smallest_part(self, n: int) -> int:
         """Images in the smallest micro-batch of any process in an epoch of n."""
-        return n // steps_per_epoch(n, self.batch_size) // self.world_size // self.accumulate
+        batch = n // steps_per_epoch(n, self.batch_size)
+        return batch // self.unit // self.world_size // self.accumulate * self.unit
 
 
 class Steps(Protocol):
@@ -157,10 +174,18 @@ class MicroBatches(Dataset[Any]):
     """Map-style data set from a Position to tensors; lives in the loader workers."""
 
     def __init__(
-        self, split: Split, order: Order, transform: Transform, share: Share, seed: int, size_px: int, views: int | None
+        self,
+        split: Split,
+        order: Order,
+        transform: Transform,
+        share: Share,
+        seed: int,
+        size_px: int,
+        views: int | None,
+        mixing: Mixing | None = None,
     ) -> None:
         self.split, self.order, self.transform, self.share = split, order, transform, share
-        self.seed, self.size_px, self.views = seed, size_px, views
+        self.seed, self.size_px, self.views, self.mixing = seed, size_px, views, mixing
 
     def __getitem__(self, at: Position) -> tuple[torch.Tensor, ...] | TlearnError:
         try:
@@ -174,12 +199,16 @@ class MicroBatches(Dataset[Any]):
         everyones = self.order(at.epoch, start, stop)
         samples = everyones[mine[0] - start : mine[1] - start]
         rows = self.split.rows[samples]
-        return (
+        batch = (
             self._inputs(samples, at.epoch % self.views if self.views else at.epoch),
             torch.from_numpy(rows["label"].astype(np.int64)),
             torch.from_numpy(rows["key"].astype(np.uint64).view(np.int64)),
             torch.from_numpy(self.split.rows["label"][everyones].astype(np.int64)),
         )
+        if self.mixing is None:
+            return batch
+        key = mix(self.seed, at.epoch, at.step)
+        return *batch, *draw(self.mixing, key, mine[0] - start, mine[1] - start, stop - start, self.size_px)
 
     def _inputs(self, samples: Array, view: int) -> torch.Tensor:
         """What the network is given of these samples: (b, 3, S, S) uint8."""
@@ -305,11 +334,14 @@ def grouped(batches: Iterator[Batch], accumulate: int) -> Iterator[list[Batch]]:
 def to_batch(
     tensors: tuple[torch.Tensor, ...], finish: Callable[[torch.Tensor], torch.Tensor], device: torch.device
 ) -> Batch:
-    """Inputs, labels, keys and global labels as a data set gives them -> a batch on the device."""
-    inputs, labels, keys, global_labels = tensors
-    inputs = inputs.to(device, non_blocking=True)
+    """Inputs, labels, keys, global labels, and how to mix them, as a data set gives them -> a batch on the device."""
+    inputs, labels, keys, global_labels, *mixing = tensors
+    inputs = finish(inputs.to(device, non_blocking=True))
     labels = labels.to(device, non_blocking=True)
-    return Batch(finish(inputs), labels, keys, global_labels)
+    if not mixing:
+        return Batch(inputs, labels, keys, global_labels)
+    shares, boxes = (tensor.to(device, non_blocking=True) for tensor in mixing)
+    return Batch(mixed(inputs, shares, boxes), labels, keys, global_labels, shares)
 
 
 def _init_worker(worker: int) -> None:
@@ -320,27 +352,34 @@ def _init_worker(worker: int) -> None:
 def train_loader(
     split: Split,
     preprocessing: Preprocessing,
-    augment: Augment,
+    data: Data,
     share: Share,
     *,
     seed: int,
     device: torch.device,
     dtype: torch.dtype,
-    workers: int,
     views: int | None = None,
 ) -> Loader:
     """Augmented images in a shuffled order, both functions of (seed, epoch)."""
-    transform, order = train_transform(preprocessing, augment, views), ShuffledOrder(split.shard_sizes(), seed)
-    dataset = MicroBatches(split, order, transform, share, seed, preprocessing.size_px, views)
+    transform, order = train_transform(preprocessing, data.augment, views), train_order(split, data.sampling, seed)
+    mixing = Mixing(data.augment.mixup, data.augment.cutmix) or None
+    dataset = MicroBatches(split, order, transform, share, seed, preprocessing.size_px, views, mixing)
     finish = partial(normalise, preprocessing=preprocessing, dtype=dtype)
-    return Loader(dataset, finish, device=device, workers=workers)
+    return Loader(dataset, finish, device=device, workers=data.workers)
+
+
+def train_order(split: Split, sampling: str, seed: int) -> Order:
+    """Positions of an epoch -> train samples; see `data.sampling`."""
+    if sampling == "balanced":
+        return BalancedOrder(split.rows["label"], seed)
+    return ShuffledOrder(split.shard_sizes(), seed)
 
 
 def train_transform(preprocessing: Preprocessing, augment: Augment, views: int | None) -> Transform:
     """What training sees of an image; a single view is what evaluation sees."""
     if views == 1:
         return EvalTransform(preprocessing)
-    return TrainTransform(preprocessing, augment.scale, augment.ratio, augment.hflip)
+    return TrainTransform(preprocessing, augment)
 
 
 def eval_loader(

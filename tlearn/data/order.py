@@ -91,6 +91,45 @@ class ShuffledOrder:
         return samples[permutation(len(samples), mix(self.seed, epoch, window + 1))]
 
 
+class BalancedOrder:
+    """As many positions of an epoch for every class as for any other, give or take one.
+
+    Each class has an endless row of its samples, shuffled anew whenever all had their turn, of which every epoch takes
+    the next piece: so all samples of a class come equally often in the long run.
+
+    Args:
+        labels: (n,) of all samples.
+        seed: of the run.
+    """
+
+    def __init__(self, labels: npt.ArrayLike, seed: int) -> None:
+        self.labels: Array = np.asarray(labels, dtype=np.int64)
+        self.seed = seed
+        self._plan = lru_cache(maxsize=2)(self._make_plan)
+
+    def __reduce__(self) -> tuple[type[BalancedOrder], tuple[Array, int]]:
+        return BalancedOrder, (self.labels, self.seed)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __call__(self, epoch: int, start: int, stop: int) -> Array:
+        """Sample indices at positions [start, stop) of an epoch."""
+        return self._plan(epoch)[start:stop]
+
+    def _make_plan(self, epoch: int) -> Array:
+        classes, parts = np.unique(self.labels), []
+        for i, label in enumerate(classes.tolist()):
+            members = np.flatnonzero(self.labels == label)
+            first, last = part_of(0, len(self), i, len(classes))
+            at = epoch * (last - first) + np.arange(last - first)
+            rounds = {
+                r: permutation(len(members), mix(self.seed, label, r)) for r in np.unique(at // len(members)).tolist()
+            }
+            parts.append(members[[rounds[p // len(members)][p % len(members)] for p in at.tolist()]])
+        return np.concatenate(parts)[permutation(len(self), mix(self.seed, epoch))]
+
+
 class ListedOrder:
     """Given sample indices, the same in every epoch."""
 

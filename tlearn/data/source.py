@@ -13,9 +13,10 @@ import torch
 from tlearn.config import Config
 from tlearn.data.loader import Loader, MicroBatches, Share, Steps, eval_loader, train_loader, train_transform
 from tlearn.data.order import Array, ListedOrder
+from tlearn.data.pairs import PairedSteps
 from tlearn.data.prepare import open_or_prepare
 from tlearn.data.stream import GIVEN_UP, StreamLoader, open_shards
-from tlearn.data.transforms import EvalTransform, Preprocessing, TrainTransform, normalise
+from tlearn.data.transforms import Colour, EvalTransform, Preprocessing, TrainTransform, normalise
 from tlearn.errors import TlearnError
 
 
@@ -29,6 +30,8 @@ class Source(Protocol):
     """Images per split."""
     per_class: npt.NDArray[np.int64] | None
     """Train images per class; None where nobody has counted them."""
+    colours: tuple[Colour, Colour] | None
+    """Mean and standard deviation of the train images' pixels, RGB in 0..1; None where nobody has looked."""
     warning: str | None
 
     def train_loader(
@@ -61,6 +64,7 @@ class Indexed:
                 self.splits[name] = self.splits[name].balanced(limit, config.seed)
         self.sizes = {name: len(split) for name, split in self.splits.items()}
         self.per_class: npt.NDArray[np.int64] | None = self.splits["train"].per_class(len(self.classes))
+        self.colours: tuple[Colour, Colour] | None = tuple(index.meta["mean"]), tuple(index.meta["std"])
         leaks = index.meta["leaks"]
         self.warning = f"{leaks} leaks were found in the data; see {index.root / 'audit.json'}" if leaks else None
 
@@ -68,18 +72,8 @@ class Indexed:
         self, p: Preprocessing, share: Share, device: torch.device, dtype: torch.dtype, views: int | None = None
     ) -> Steps:
         """See `Source`."""
-        data = self.data
-        return train_loader(
-            self.splits["train"],
-            p,
-            data.augment,
-            share,
-            seed=self.seed,
-            device=device,
-            dtype=dtype,
-            workers=data.workers,
-            views=views,
-        )
+        split = self.splits["train"]
+        return train_loader(split, p, self.data, share, seed=self.seed, device=device, dtype=dtype, views=views)
 
     def eval_loader(
         self, split: str, p: Preprocessing, share: Share, device: torch.device, dtype: torch.dtype
@@ -118,6 +112,7 @@ class Streamed:
         self.classes = tuple(stream.classes)
         self.sizes = {"train": stream.train_samples, "val": stream.val_samples}
         self.per_class: npt.NDArray[np.int64] | None = None
+        self.colours: tuple[Colour, Colour] | None = None
         self.fingerprint = hashlib.sha256(f"{config.data.path}\n{stream.model_dump_json()}".encode()).hexdigest()
         self.warning: str | None = GIVEN_UP
         patterns = {"train": config.data.path, "val": stream.val}
@@ -128,8 +123,7 @@ class Streamed:
     ) -> Steps:
         """See `Source`."""
         assert views is None
-        a = self.data.augment
-        return self._loader("train", TrainTransform(p, a.scale, a.ratio, a.hflip), p, share, device, dtype, self.seed)
+        return self._loader("train", TrainTransform(p, self.data.augment), p, share, device, dtype, self.seed)
 
     def eval_loader(
         self, split: str, p: Preprocessing, share: Share, device: torch.device, dtype: torch.dtype
@@ -160,6 +154,46 @@ class Streamed:
         )
 
 
+class WithTarget:
+    """Labelled images, and those of another domain that are trained on without their labels.
+
+    Where the target's classes are those of the source too, its own val images (or all of them) are scored as `target`.
+
+    Raises:
+        TlearnError: as `Indexed`; too few target images.
+    """
+
+    def __init__(self, config: Config, target: str) -> None:
+        self.source = Indexed(config)
+        data = config.data.model_copy(update={"path": target, "max_train": None, "max_val": None})
+        self.target = Indexed(config.model_copy(update={"data": data}))
+        if self.target.sizes["train"] < config.batch.size:
+            raise TlearnError(
+                f"objective.target: {target} has {self.target.sizes['train']} train images, fewer than "
+                f"batch.size = {config.batch.size}"
+            )
+        source = self.source
+        self.classes, self.per_class, self.colours = source.classes, source.per_class, source.colours
+        self.fingerprint = hashlib.sha256(f"{source.fingerprint} {self.target.fingerprint}".encode()).hexdigest()
+        self.warning, self.sizes = source.warning, dict(source.sizes)
+        if set(self.target.classes) <= set(self.classes):
+            labels = [self.classes.index(name) for name in self.target.classes]
+            source.splits["target"] = self.target.splits["val"].relabelled(labels)
+            self.sizes["target"] = len(source.splits["target"])
+
+    def train_loader(
+        self, p: Preprocessing, share: Share, device: torch.device, dtype: torch.dtype, views: int | None = None
+    ) -> Steps:
+        """See `Source`."""
+        return PairedSteps(*(s.train_loader(p, share, device, dtype, views) for s in (self.source, self.target)))
+
+    def eval_loader(
+        self, split: str, p: Preprocessing, share: Share, device: torch.device, dtype: torch.dtype
+    ) -> Steps:
+        """See `Source`."""
+        return self.source.eval_loader(split, p, share, device, dtype)
+
+
 READERS: dict[str, type[Indexed] | type[Streamed]] = {"indexed": Indexed, "stream": Streamed}
 
 
@@ -169,4 +203,5 @@ def open_source(config: Config) -> Source:
     Raises:
         TlearnError: images or shards that cannot be had.
     """
-    return READERS[config.data.reader](config)
+    target = getattr(config.objective, "target", None)
+    return WithTarget(config, target) if target else READERS[config.data.reader](config)

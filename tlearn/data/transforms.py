@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from tlearn.data.decode import (
     BACKGROUND,
@@ -24,9 +25,11 @@ from tlearn.data.decode import (
     orientation_of,
     upright_size,
 )
+from tlearn.dataconfig import Augment
 
 Fit = Literal["crop", "pad", "squash"]
 Pixels = npt.NDArray[np.uint8]
+Colour = tuple[float, float, float]
 Box = tuple[float, float, float, float]
 
 _RESAMPLING = {
@@ -42,13 +45,15 @@ class Preprocessing:
     """How the weights want their input; travels with every trained model."""
 
     size_px: int
-    mean: tuple[float, float, float]
+    mean: Colour
     """Of RGB in 0..1."""
-    std: tuple[float, float, float]
+    std: Colour
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
     """Share of the shorter side that evaluation keeps (fit crop only)."""
     fit: Fit = "crop"
+    grey: bool = False
+    """Three equal channels."""
 
 
 class EvalTransform:
@@ -59,7 +64,10 @@ class EvalTransform:
 
     def __call__(self, data: bytes, seed: int = 0) -> Pixels:
         """`seed` is not used: nothing is random here."""
-        image = open_image(data)
+        return self.of(open_image(data))
+
+    def of(self, image: Image.Image) -> Pixels:
+        """The same of an opened image."""
         width, height = _canvas(upright_size(image), self.p.fit)
         if self.p.fit == "crop":
             side = min(width, height) * self.p.crop_pct
@@ -70,45 +78,62 @@ class EvalTransform:
 
 
 class TrainTransform:
-    """Bytes, seed -> (3, S, S) uint8: a random resized crop (Szegedy et al. 2015) and a random flip."""
+    """Bytes, seed -> (3, S, S) uint8: a random crop and flip, then changes of colour and shape, then an erased part."""
 
-    def __init__(
-        self,
-        preprocessing: Preprocessing,
-        scale: tuple[float, float],
-        ratio: tuple[float, float],
-        hflip: float,
-    ) -> None:
-        self.p = preprocessing
-        self.scale, self.ratio, self.hflip = scale, ratio, hflip
+    def __init__(self, preprocessing: Preprocessing, augment: Augment) -> None:
+        self.p, self.a = preprocessing, augment
+        policies = {"trivial": [v2.TrivialAugmentWide()], "rand": [v2.RandAugment(2, augment.magnitude)]}
+        after: list[Any] = policies.get(augment.policy, [])
+        if augment.erase:
+            after = [*after, v2.RandomErasing(augment.erase, value=[255 * x for x in preprocessing.mean])]
+        self.after = v2.Compose(after) if after else None
 
     def __call__(self, data: bytes, seed: int) -> Pixels:
         """The same bytes and seed give the same pixels in any process."""
         image = open_image(data)
-        size = upright_size(image)
         draws = torch.rand(_TRIES * 2 + 3, generator=torch.Generator().manual_seed(seed)).tolist()
-        flip = draws.pop() < self.hflip
+        flip = draws.pop() < self.a.hflip
+        cut = self._moved if self.a.crop == "padded" else self._resized
+        pixels = cut(image, draws)
+        pixels = np.ascontiguousarray(pixels[:, :, ::-1]) if flip else pixels
+        if self.after is None:
+            return pixels
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
+            torch.manual_seed(seed)
+            changed: Pixels = self.after(torch.from_numpy(pixels)).numpy()
+            return changed
+
+    def _moved(self, image: Image.Image, draws: list[float]) -> Pixels:
+        """The whole image, moved; what comes in from outside is background."""
+        pad = self.a.pad_px
+        y, x = (int(draws.pop() * (2 * pad + 1)) for _ in range(2))
+        whole = EvalTransform(self.p).of(image)
+        canvas = np.pad(whole, ((0, 0), (pad, pad), (pad, pad)), constant_values=BACKGROUND[0])
+        return np.ascontiguousarray(canvas[:, y : y + self.p.size_px, x : x + self.p.size_px])
+
+    def _resized(self, image: Image.Image, draws: list[float]) -> Pixels:
+        """A part of the image, scaled to the square."""
+        size = upright_size(image)
         if self.p.fit == "squash":
             # the whole image counts as a square, so crop in unit coordinates and stretch the box
             x0, y0, x1, y1 = self._crop((1.0, 1.0), draws)
             box = (x0 * size[0], y0 * size[1], x1 * size[0], y1 * size[1])
         else:
             box = self._crop(_canvas(size, self.p.fit), draws)
-        pixels = _crop_and_resize(image, box, self.p)
-        return np.ascontiguousarray(pixels[:, :, ::-1]) if flip else pixels
+        return _crop_and_resize(image, box, self.p)
 
     def _crop(self, canvas: tuple[float, float], draws: list[float]) -> Box:
-        width, height = canvas
+        (width, height), scale = canvas, self.a.scale
         y, x = draws.pop(), draws.pop()
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        low, high = math.log(self.a.ratio[0]), math.log(self.a.ratio[1])
         while draws:
-            area = width * height * (self.scale[0] + (self.scale[1] - self.scale[0]) * draws.pop())
+            area = width * height * (scale[0] + (scale[1] - scale[0]) * draws.pop())
             ratio = math.exp(low + (high - low) * draws.pop())
             w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
             if w <= width and h <= height:
                 break
         else:  # no try fitted: the largest crop with the closest allowed ratio
-            ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
+            ratio = min(max(width / height, self.a.ratio[0]), self.a.ratio[1])
             w, h = min(width, height * ratio), min(height, width / ratio)
         left, top = x * (width - w), y * (height - h)
         return left, top, left + w, top + h
@@ -161,6 +186,8 @@ def _crop_and_resize(image: Image.Image, box: Box, p: Preprocessing) -> Pixels:
     square = rgb.resize((p.size_px, p.size_px), _RESAMPLING[p.interpolation], box=scaled)
     if orientation in TO_UPRIGHT:
         square = square.transpose(TO_UPRIGHT[orientation])
+    if p.grey:
+        square = square.convert("L").convert("RGB")
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
