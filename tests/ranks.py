@@ -270,6 +270,12 @@ def train_forgetful(config: Config, folder: Path) -> None:
     train(config, folder)
 
 
+def train_on_own_disk(config: Config, folder: Path, root: Path, swapped: bool) -> None:
+    """Every rank has a cache of its own."""
+    os.environ["TLEARN_CACHE"] = str(root / f"disk{int(os.environ['RANK']) ^ swapped}")
+    train(config, folder)
+
+
 def train_and_die_while_filling(config: Config, folder: Path, rank: int, rows: int) -> None:
     """One rank is killed when it has stored so many rows of features."""
     written, write = [0], Store.write

@@ -34,6 +34,7 @@ from tlearn.launch import run_ranks
 from tlearn.models.build import Model, build_model
 from tlearn.models.cut import NoCutError, find_cut, fingerprint, outputs, rest_only
 from tlearn.run import train
+from tlearn.stagecache import StageCache
 from tlearn.stages import resolve
 from tlearn.tracking import Tracker
 
@@ -183,6 +184,14 @@ def test_a_gate_that_begins_at_zero_is_opened_for_the_trial_also_under_autocast(
             assert find_cut(model, torch.randn(2, 3, 32, 32)).name == "stem"
 
 
+def test_batch_statistics_are_no_output_of_an_image() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(8, affine=False))
+    net.append(nn.Linear(8, 2))
+    net[0].requires_grad_(False)
+    model = Model(net, "x", "random", "4", [], Preprocessing(32, (0, 0, 0), (1, 1, 1)), False)
+    assert find_cut(model, torch.randn(2, 3, 32, 32)).name == "2"
+
+
 # the store
 
 
@@ -309,19 +318,43 @@ FREEZING = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("max_gib", [10.0, 1.4e-3])
+@pytest.mark.parametrize("max_gib", [10.0, 1.2e-3])
 def test_where_layers_freeze_one_after_another_images_are_looked_at_once(
     tiny: MakeConfig, computed: list[int], cache: Path, tmp_path: Path, max_gib: float
 ) -> None:
     options = (FREEZING, "model.batch_norm=frozen", "data.augment.views=2", f"features.max_gib={max_gib}")
     train(tiny(*options), tmp_path / "cached")
     assert set(decisions(tmp_path / "cached").values()) == {"cached"}
-    assert sum(computed) == 200 * 2 + 120
+    again = 520 + 2 * stagecache._PROBES * 3  # a start is tried before it is used
+    assert sum(computed) == again if max_gib == 10 else sum(computed) > again  # there is room for one, not for two
     stored = [file.stat().st_size for file in cache.glob("*/*.*") if file.is_file()]
-    assert sum(stored) < max_gib * 2**30  # with little room, what is the start is removed beforehand, and still read
-    assert len(list(cache.glob("*/about.json"))) == (3 if max_gib == 10 else 2)
+    assert sum(stored) < max_gib * 2**30
     train(tiny(*options, "features.cache=off"), tmp_path / "plain")
     np.testing.assert_allclose(losses(tmp_path / "cached"), losses(tmp_path / "plain"), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_after_a_stop_the_last_stage_is_still_the_start(
+    tiny: MakeConfig, computed: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (FREEZING, "model.batch_norm=frozen", "data.augment.views=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(StageCache, "is_there", lambda self: signal.raise_signal(signal.SIGTERM))  # asked by the second
+        with pytest.raises(StoppedBySignalError):
+            train(tiny(*options), tmp_path / "run")
+    computed.clear()
+    train(tiny(*options), tmp_path / "run")
+    assert sum(computed) == 2 * stagecache._PROBES * 3
+    assert set(decisions(tmp_path / "run").values()) == {"cached"}
+
+
+@pytest.mark.slow
+def test_layers_that_freeze_give_the_same_by_several_processes(tiny: MakeConfig, tmp_path: Path) -> None:
+    options = (FREEZING, "model.batch_norm=frozen", "data.augment.views=2", "precision=fp64", "batch.size=26")
+    train(tiny(*options, "features.cache=off"), tmp_path / "alone")
+    run_ranks(train, (tiny(*options), tmp_path / "three"), 3)
+    assert set(decisions(tmp_path / "three").values()) == {"cached"}
+    np.testing.assert_allclose(losses(tmp_path / "three"), losses(tmp_path / "alone"), rtol=1e-9)
 
 
 @pytest.mark.slow
@@ -414,6 +447,50 @@ def test_a_full_disk_is_no_reason_to_stop(recipe: MakeConfig, tmp_path: Path, mo
     assert "frozen layers run in every step" in (tmp_path / "run" / "log.txt").read_text()
     with pytest.raises(TlearnError, match=r"features\.cache: on: stage head: .*No space left"):
         train(recipe("features.cache=on"), tmp_path / "other")
+
+
+def test_a_quota_that_shows_late_is_none_either(
+    recipe: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, calls = os.pwrite, [0]
+
+    def full(descriptor: int, data: bytes, offset: int) -> int:
+        calls[0] += 1
+        return write(descriptor, data, offset) if calls[0] < 50 else write(descriptor, data[:1], offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    train(recipe(), tmp_path / "run")
+    assert "No space left on device" in decisions(tmp_path / "run")["head"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EOPNOTSUPP, "not supported"), AttributeError("posix_fallocate")])
+def test_a_disk_that_cannot_allocate_beforehand_stores_too(
+    recipe: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(descriptor: int, offset: int, length: int) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    train(recipe("stages.0.epochs=3", "stages.1.epochs=4"), tmp_path / "run")
+    assert decisions(tmp_path / "run")["last"] == "cached"
+
+
+def test_a_full_store_is_used_where_little_room_is_left(
+    recipe: MakeConfig, computed: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(recipe(), tmp_path / "first")
+    monkeypatch.setattr(stagecache, "_RESERVE_BYTES", 2**60)
+    computed.clear()
+    train(recipe(), tmp_path / "second")
+    assert sum(computed) == stagecache._PROBES * (2 + 1 + 3 + 1)
+
+
+@pytest.mark.slow
+def test_machines_that_see_other_disks_do_not_share_a_store(recipe: MakeConfig, tmp_path: Path) -> None:
+    for attempt in ("first", "second"):  # what the first one leaves must not pass for a shared folder
+        run_ranks(ranks.train_on_own_disk, (recipe(), tmp_path / attempt, tmp_path, attempt == "second"), 2)
+        assert "not all machines see" in decisions(tmp_path / attempt)["head"]
+    assert list(tmp_path.glob("disk*/features/*/*.rows")) == []
 
 
 def test_why_nothing_is_stored_is_said_and_kept(recipe: MakeConfig, tmp_path: Path) -> None:

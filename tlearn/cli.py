@@ -279,6 +279,7 @@ def probe(
     """How well do frozen features separate the classes? Chosen by cross-validation on train, scored once on val."""
     from tlearn.configfile import load_config
     from tlearn.console import print_result
+    from tlearn.models.backbones import full_name
     from tlearn.probe import probe as run
     from tlearn.tables import probe_table
 
@@ -287,6 +288,8 @@ def probe(
         raise TlearnError(f"{file}: probe takes options as a.b=c only")
     models = [[f"model.backbone={name}"] for name in backbone or []] or [[]]
     configs = [load_config(None, [f"data.path={data}", *overrides, *model]) for model in models]
+    for config in configs:  # all of them, before the first one takes its time
+        full_name(config.model.backbone)
     rows = [run(config, classifier.value) for config in configs]
     if as_json:
         _print_json(rows)

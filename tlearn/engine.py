@@ -292,7 +292,6 @@ def _saved_when_stopped(run: Run, ledger: Ledger, state: Callable[[], Tensors]) 
         yield
     except StoppedBySignalError:
         _save(run, ledger, state)
-        run.runtime.on_main(run.saver.wait)
         raise
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import NamedTuple
 
 from tlearn.checkpoint import Progress
@@ -52,7 +53,6 @@ class Features:
     ) -> None:
         self.config, self.runtime, self.model, self.source = config, runtime, model, source
         self.progress, self.stages, self.plan = progress, stages, plan
-        self._caches: dict[int, StageCache] = {}
 
     @contextmanager
     def inputs(self, number: int, images: Inputs) -> Iterator[Inputs]:
@@ -68,15 +68,19 @@ class Features:
         """
         stage = self.stages[number]
         recorded = self.progress.features.get(stage.name)
+        self.model.set_trainable(self.plan[number])
         with ExitStack() as held:
-            cache, reason = None, self._why_not(number)
+            cache, reason = None, self._why_not(stage)
             if reason is None:
                 try:
-                    cache = held.enter_context(self._filled(number))
+                    cache = self._cache(number)
+                    held.enter_context(cache.filled(partial(self._start, number, cache)))
                 except NoCutError as error:
-                    reason = str(error)
+                    cache, reason = None, str(error)
             self.progress.features[stage.name] = reason or CACHED
             if cache is not None:
+                size = f"{cache.views} views, {cache.nbytes / 2**20:,.1f} MiB in {cache.folder}"
+                show(f"stage {stage.name}: what layers up to {cache.cut.name} give is stored: {size}")
                 held.enter_context(rest_only(self.model.net, cache.cut))
                 yield Inputs(cache.train_loader, cache.val_loader(), cache.blank)
                 return
@@ -87,48 +91,33 @@ class Features:
                     show(f"stage {stage.name}: frozen layers run in every step: {reason}")
             yield images
 
-    def _why_not(self, number: int) -> str | None:
-        stage = self.stages[number]
-        self.model.set_trainable(self.plan[number])
+    def _why_not(self, stage: Stage) -> str | None:
         return _why_not(self.config, self.model, self.source, stage, self.progress.features.get(stage.name))
 
-    @contextmanager
-    def _filled(self, number: int) -> Iterator[StageCache]:
-        """Inside, every row of a stage's store is there.
-
-        Raises:
-            NoCutError: why they cannot be.
-        """
+    def _cache(self, number: int) -> StageCache:
         assert isinstance(self.source, Indexed)
-        self.model.set_trainable(self.plan[number])
-        cache = StageCache(self.config, self.runtime, self.model, self.source, self.stages[number])
-        with cache.filled(lambda: self._start(number, cache)):
-            self._caches = {n: other for n, other in self._caches.items() if n >= number - 1} | {number: cache}
-            yield cache
+        return StageCache(self.config, self.runtime, self.model, self.source, self.stages[number])
 
-    def _start(self, number: int, cache: StageCache) -> StageCache | None:
+    def _start(self, number: int, cache: StageCache, held: ExitStack) -> StageCache | None:
         """Stored outputs of earlier layers, from which those of this stage are computed in place of images.
 
         They are the last stage's, where more layers freeze from stage to stage, or the next one's, stored ahead, where
         fewer do. Neither changes in between, since all that is frozen there is frozen here.
         """
         for other in (number - 1, number + 1):
-            if other in range(len(self.stages)) and self._frozen(other) < self._frozen(number):
-                start = self._caches.get(other) or (self._ahead(other) if other > number else None)
-                self.model.set_trainable(self.plan[number])
-                if start is not None and start.holds_all_for(cache):
+            if other not in range(len(self.stages)) or not self._frozen(other) < self._frozen(number):
+                continue
+            self.model.set_trainable(self.plan[other])
+            try:
+                start = None if self._why_not(self.stages[other]) else self._cache(other)
+                if start is not None and start.can_start(cache) and (other > number or start.is_there()):
+                    held.enter_context(start.filled(partial(self._start, other, start)))
                     return start
+            except NoCutError:  # there is no room for both, say
+                continue
+            finally:
+                self.model.set_trainable(self.plan[number])
         return None
-
-    def _ahead(self, number: int) -> StageCache | None:
-        """The store of a stage that is still to come, if there can be one."""
-        if self._why_not(number) is not None:
-            return None
-        try:
-            with self._filled(number) as cache:
-                return cache
-        except NoCutError:
-            return None
 
     def _frozen(self, number: int) -> set[str]:
         return {name for name, multiplier in self.plan[number].items() if multiplier == 0}

@@ -96,7 +96,7 @@ def train(
         _introduce(run, source)
         show_stages(stages, plan, sizes)
 
-        with run.tracker, run.saver, closing(run.val_loader), _stopped_in(place), handled_by(runtime.stop.set):
+        with run.tracker, run.saver, closing(run.val_loader), _stopped_in(run), handled_by(runtime.stop.set):
             if progress.stage < len(stages):
                 run.tracker.log(runtime.start_row() | {"step": progress.step, "samples": progress.samples})
             features = Features(config, runtime, model, source, progress, stages, plan)
@@ -115,13 +115,14 @@ def train(
 
 
 @contextmanager
-def _stopped_in(place: RunFolder) -> Iterator[None]:
+def _stopped_in(run: Run) -> Iterator[None]:
     """Where a run can be stopped with everything saved: says how to go on."""
     try:
         yield
     except StoppedBySignalError as stopped:
+        run.runtime.on_main(run.saver.wait)
         raise StoppedBySignalError(
-            f"{stopped}, everything is saved; go on with: tlearn train --run {place.path}", stopped.signal
+            f"{stopped}, everything is saved; go on with: tlearn train --run {run.folder.path}", stopped.signal
         ) from None
 
 

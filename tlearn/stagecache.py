@@ -14,10 +14,12 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +30,28 @@ from tlearn.config import Config, Stage
 from tlearn.console import progress_bar, show
 from tlearn.data.loader import Batch, Loader, MicroBatches, Share, Steps, train_order
 from tlearn.data.order import Array, SequentialOrder, part_of
-from tlearn.data.room import reserve
+from tlearn.data.room import discard, reserve
 from tlearn.data.shards import Split
 from tlearn.data.source import Indexed
 from tlearn.data.store import Store
 from tlearn.data.transforms import Pixels
 from tlearn.errors import TlearnError
-from tlearn.files import write_json
+from tlearn.files import write_json, write_text
 from tlearn.models.build import Model
 from tlearn.models.cut import Cut, NoCutError, find_cut, fingerprint, outputs, rest_only
 from tlearn.runtime import Runtime
 
 _VERSION = 1
 _FILL_IMAGES = 64
+_ROUNDS = 16
+"""Between two agreements of the ranks whether to stop, in blocks of _FILL_IMAGES."""
 _READ_ROWS = 256
 _RESERVE_BYTES = 2**30
 _PROBES = 4
 """Rows of each rank that are computed again where all are there already."""
+
+
+Start = Callable[[ExitStack], "StageCache | None"]
 
 
 class StageCache:
@@ -74,32 +81,50 @@ class StageCache:
             for view in range(views)
         }
 
-    def holds_all_for(self, other: StageCache) -> bool:
-        """Whether what `other` is to hold can be computed from this; its layers must begin with those of this one."""
+    def can_start(self, other: StageCache) -> bool:
+        """Whether what `other` is to hold can be computed from this, whose frozen layers are among its own."""
         is_exact = all(store.dtype == self.cut.dtype for store in self.stores.values())
-        return is_exact and self.views >= other.views and self.about["augment"] == other.about["augment"]
+        has_views = self.views >= other.views and self.about["augment"] == other.about["augment"]
+        passed_over = list(self.cut.layers)[:-1]
+        is_behind = not any(f"{other.cut.name}.".startswith(f"{name}.") for name in passed_over)
+        return is_exact and has_views and is_behind
+
+    def is_there(self) -> bool:
+        """Whether somebody has begun to fill it."""
+        return self.runtime.on_main(self.folder.exists)
+
+    @property
+    def nbytes(self) -> int:
+        """On the disk."""
+        return sum(store.nbytes for store in self.stores.values())
 
     @contextmanager
-    def filled(self, start: Callable[[], StageCache | None] = lambda: None) -> Iterator[None]:
+    def filled(self, start: Start = lambda held: None) -> Iterator[None]:
         """Inside, every row is there.
 
         Args:
-            start: asked where rows are missing: the outputs of earlier layers, if they are stored, all of them.
+            start: asked where rows are missing: outputs of earlier layers, all of them, as long as the stack is open.
 
         Raises:
             NoCutError: it would be too large, or the disk is full.
         """
+        runtime = self.runtime
         with ExitStack() as held:
-            if trouble := self.runtime.on_main(lambda: self._prepare(held)):
-                raise NoCutError(trouble)
+            _raise_if(runtime.on_main(lambda: self._reserve(held)))
             self._wait_for_others()
-            if not all(self.runtime.gather_lists([(self.folder / "about.json").exists()])):
+            _raise_if(runtime.on_main(self._allocate))
+            token = runtime.on_main(self._leave_token)
+            if not all(runtime.gather_lists([_content(self.folder / "token") == token])):
+                runtime.on_main(self._discard)
                 raise NoCutError(f"not all machines see {self.root}; set TLEARN_CACHE to a folder on a shared disk")
-            self._fill(start)
-            self._raise_if_stopped()  # and wait until all rows are there
+            with ExitStack() as starting:
+                trouble = self._fill(lambda: start(starting))
+            # and wait until all rows are there
+            _raise_if(next((t for t in runtime.gather_lists([trouble]) if t), None))
+            self._raise_if_stopped()
             for store in self.stores.values():
                 store.open()
-            self.runtime.on_main(self._release)
+            runtime.on_main(self._release)
             yield
 
     def train_loader(self, share: Share) -> Steps:
@@ -175,30 +200,44 @@ class StageCache:
             raise NoCutError(found.removeprefix("!"))
         return cut
 
-    def _prepare(self, held: ExitStack) -> str | None:
-        """On rank 0: room and files; what is wrong, or None."""
-        needed = sum(store.nbytes for store in self.stores.values())
+    def _reserve(self, held: ExitStack) -> str | None:
+        """On rank 0: room in the cache; what is wrong, or None."""
         limit = self.config.features.max_gib * 2**30
-        if needed > limit:
-            return f"{needed / 2**30:.2f} GiB are more than features.max_gib={self.config.features.max_gib:g}"
+        if self.nbytes > limit:
+            return f"{self.nbytes / 2**30:.2f} GiB are more than features.max_gib={self.config.features.max_gib:g}"
         try:
-            is_new = reserve(self.folder, needed, limit, held)
+            self._used = reserve(self.folder, self.nbytes, limit, held)
             self._filling = held.enter_context((self.folder / "filled.lock").open("a+"))
-            try:
-                for store in self.stores.values():
-                    store.allocate()
-                if shutil.disk_usage(self.root).free < _RESERVE_BYTES:
-                    raise OSError(errno.ENOSPC, "less than 1 GiB would be left for checkpoints")
-            except OSError:
-                if is_new:
-                    shutil.rmtree(self.folder)
-                raise
-            write_json(self.folder / "about.json", self.about)
         except TlearnError as full:
             return f"features.max_gib={self.config.features.max_gib:g}: {full}"
         except OSError as error:
             return f"{error.filename or self.folder}: {error.strerror}"
         return None
+
+    def _allocate(self) -> str | None:
+        """On rank 0, which alone fills it: the files; what is wrong, or None."""
+        try:
+            is_new = [store.allocate() for store in self.stores.values()]
+            if any(is_new) and shutil.disk_usage(self.root).free < _RESERVE_BYTES:
+                raise OSError(errno.ENOSPC, "less than 1 GiB would be left for checkpoints")
+            write_json(self.folder / "about.json", self.about)
+        except OSError as error:
+            self._discard()
+            return f"{error.filename or self.folder}: {error.strerror}"
+        return None
+
+    def _leave_token(self) -> str:
+        """By which other machines tell that it is this folder that they see, and not their own of the same name."""
+        token = secrets.token_hex(16)
+        write_text(self.folder / "token", token)
+        return token
+
+    def _release(self) -> None:
+        self._filling.close()
+
+    def _discard(self) -> None:
+        """Nothing of it is of use."""
+        discard(self.folder, self._used)
 
     def _wait_for_others(self) -> None:
         """Until no other run fills the same."""
@@ -217,12 +256,9 @@ class StageCache:
             return False
         return True
 
-    def _release(self) -> None:
-        self._filling.close()
-
-    def _fill(self, start: Callable[[], StageCache | None]) -> None:
-        """Read all that is there, compute what is not: every rank its part of both."""
-        runtime, todo, n = self.runtime, dict[tuple[str, int], Array](), 0
+    def _fill(self, start: Callable[[], StageCache | None]) -> str | None:
+        """Read all that is there, compute what is not: every rank its part of both. What went wrong on this one."""
+        runtime, todo = self.runtime, dict[tuple[str, int], Array]()
         for key, store in self.stores.items():
             store.open()
             first, last = part_of(0, store.n, runtime.rank, runtime.world_size)
@@ -231,17 +267,24 @@ class StageCache:
                 show(f"{self.folder}: does not hold what the layers give; it is filled anew")
                 missing = np.arange(first, last)
             everyones = np.array(runtime.gather_lists(missing.tolist()), dtype=np.int64)
-            first, last = part_of(0, len(everyones), runtime.rank, runtime.world_size)
-            todo[key] = everyones[first:last]
-            n += len(everyones)
-        earlier = start() if n else None
+            if len(everyones):
+                todo[key] = everyones
+        earlier, trouble = start() if todo else None, None
         with progress_bar("storing features", sum(map(len, todo.values()))) as advance:
-            for key, rows in todo.items():
-                if runtime.stop:
-                    return
-                for part, features in self._computed(key, rows, earlier):
-                    self.stores[key].write(part, features)
-                    advance(len(part))
+            for key, everyones in todo.items():
+                first, last = part_of(0, len(everyones), runtime.rank, runtime.world_size)
+                rounds = -(-len(everyones) // runtime.world_size // _FILL_IMAGES)
+                with closing(self._computed(key, everyones[first:last], earlier)) as parts:
+                    for i in range(rounds):  # as many on every rank, so that they can agree on a stop
+                        for part, features in islice(parts, 1):
+                            try:
+                                self.stores[key].write(part, features)
+                            except OSError as error:  # a quota, or a disk that cannot allocate beforehand
+                                trouble = trouble or f"{error.filename or self.folder}: {error.strerror}"
+                            advance(len(part) * runtime.world_size)
+                        if i % _ROUNDS == 0:
+                            self._raise_if_stopped()
+        return trouble
 
     def _agrees(self, key: tuple[str, int], rows: Array) -> bool:
         """Whether some rows hold what would be computed now."""
@@ -255,7 +298,7 @@ class StageCache:
 
     def _computed(
         self, key: tuple[str, int], rows: Array, earlier: StageCache | None = None
-    ) -> Iterator[tuple[Array, torch.Tensor]]:
+    ) -> Generator[tuple[Array, torch.Tensor]]:
         """What the frozen beginning gives for these rows of a split, in one of its views; until a signal comes.
 
         Args:
@@ -293,6 +336,18 @@ class StageCache:
         stopped = torch.tensor(float(bool(self.runtime.stop)), device=self.runtime.device)
         if self.runtime.sum(stopped):
             raise self.runtime.stop.error()
+
+
+def _raise_if(trouble: str | None) -> None:
+    if trouble:
+        raise NoCutError(trouble)
+
+
+def _content(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return None
 
 
 class _Stored(MicroBatches):

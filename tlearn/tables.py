@@ -59,12 +59,24 @@ def scores_table(result: Mapping[str, Any]) -> Table:
 
 def probe_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row a backbone."""
-    columns = ("backbone", "px", "features", "classifier", "options", "cv top-1", "val top-1", "95 % interval", "s")
+    columns = (
+        "backbone",
+        "weights",
+        "px",
+        "features",
+        "classifier",
+        "options",
+        "cv top-1",
+        "val top-1",
+        "95 % interval",
+        "s",
+    )
     table = _table(f"probe of {rows[0]['val/n']:,} val images; largest class {rows[0]['largest_class']:.1%}", *columns)
     for row in rows:
         low, high = row["val/top1_interval95"]
         table.add_row(
             row["backbone"],
+            row["weights"],
             str(row["image_size_px"]),
             str(row["features"]),
             row["classifier"],
@@ -95,4 +107,7 @@ def _short(n: float) -> str:
 
 
 def _table(title: str, *columns: str) -> Table:
-    return Table(*columns, title=title, title_justify="left")
+    table = Table(*columns, title=title, title_justify="left")
+    for column in table.columns:
+        column.overflow = "fold"  # a name that is cut off may be another's too
+    return table

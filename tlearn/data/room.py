@@ -9,14 +9,15 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from tlearn.errors import TlearnError
 
 
-def reserve(folder: Path, needed: int, limit: float, held: ExitStack) -> bool:
+def reserve(folder: Path, needed: int, limit: float, held: ExitStack) -> IO[str]:
     """Make room for a folder, and the folder where it is not there; it is in use until `held` is closed.
 
     Args:
@@ -26,7 +27,7 @@ def reserve(folder: Path, needed: int, limit: float, held: ExitStack) -> bool:
         held: keeps the lock.
 
     Returns:
-        Whether the folder is new.
+        The lock.
 
     Raises:
         OSError: the disk does not want to.
@@ -34,33 +35,56 @@ def reserve(folder: Path, needed: int, limit: float, held: ExitStack) -> bool:
     """
     root = folder.parent
     root.mkdir(parents=True, exist_ok=True)
-    with (root / "room.lock").open("a+") as room:  # else another run might remove what is not yet held
-        fcntl.flock(room, fcntl.LOCK_EX)
-        is_new = not folder.exists()
+    with _alone(root):  # else another run might remove what is not yet held
+        if not _make_room(root, folder, limit - needed):
+            raise TlearnError(f"other runs use the rest of {root}")
         folder.mkdir(exist_ok=True)
         used: IO[str] = held.enter_context((folder / "used.lock").open("a+"))
         fcntl.flock(used, fcntl.LOCK_SH)
         os.utime(used.fileno())
-        if not _make_room(root, folder, limit - needed):
-            raise TlearnError(f"other runs use the rest of {root}")
-    return is_new
+    return used
+
+
+def discard(folder: Path, used: IO[str]) -> None:
+    """Remove a folder that was reserved, unless somebody else uses it too."""
+    with _alone(folder.parent), suppress(BlockingIOError):
+        fcntl.flock(used, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    with (root / "room.lock").open("a+") as room:
+        fcntl.flock(room, fcntl.LOCK_EX)
+        yield
 
 
 def _make_room(root: Path, mine: Path, limit: float) -> bool:
-    """Remove what was not used longest and nobody uses, until all but `mine` is no larger than `limit` bytes."""
+    """Remove what was not used longest and nobody uses, until all but `mine` is no larger than `limit` bytes; nothing
+    where that is not enough."""
     others = sorted((path for path in root.iterdir() if path != mine and path.is_dir()), key=_last_use)
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in others}
-    for path in others:
-        if sum(sizes.values()) <= limit:
-            break
-        with (path / "used.lock").open("a+") as lock:
+    excess = sum(_size(path) for path in others) - limit
+    with ExitStack() as locks:
+        leave = []
+        for path in others:
+            if excess <= 0:
+                break
+            lock = locks.enter_context((path / "used.lock").open("a+"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
+            leave.append(path)
+            excess -= _size(path)
+        if excess > 0:
+            return False
+        for path in leave:
             shutil.rmtree(path)
-            del sizes[path]
-    return sum(sizes.values()) <= limit
+    return True
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir())
 
 
 def _last_use(path: Path) -> float:

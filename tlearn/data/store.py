@@ -9,6 +9,7 @@ machines have there.
 
 from __future__ import annotations
 
+import errno
 import os
 import zlib
 from pathlib import Path
@@ -48,23 +49,28 @@ class Store:
         """On the disk."""
         return self.n * (self.row_bytes + 4)
 
-    def allocate(self) -> None:
+    def allocate(self) -> bool:
         """Make the files, where they are not there or have another size.
 
+        Returns:
+            Whether one was made.
+
         Raises:
-            OSError: the disk is full; then they are gone again.
+            OSError: the disk is full, as far as the file system tells beforehand.
         """
+        made = False
         for file, size in zip(self._files, (self.n * self.row_bytes, self.n * 4), strict=True):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("ab") as opened:
-                if opened.tell() == size:
-                    continue
+            if file.exists() and file.stat().st_size == size:
+                continue
+            made = True
+            with file.open("wb") as opened:
                 try:
-                    opened.truncate(0)
                     os.posix_fallocate(opened.fileno(), 0, size)
-                except OSError:
-                    file.unlink()
-                    raise
+                except (AttributeError, OSError) as error:  # not on macOS, nor on every file system
+                    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    opened.truncate(size)
+        return made
 
     def open(self) -> None:
         """See what is there now."""
@@ -86,7 +92,8 @@ class Store:
         content = values.detach().to("cpu", self.dtype).contiguous().view(len(rows), -1).view(torch.uint8).numpy()
         with self._files[0].open("r+b") as file, self._files[1].open("r+b") as sums:
             for i, row in zip(rows.tolist(), content, strict=True):
-                os.pwrite(file.fileno(), row.data, i * self.row_bytes)
+                if os.pwrite(file.fileno(), row.data, i * self.row_bytes) < len(row):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._files[0]))
                 os.pwrite(sums.fileno(), np.uint32(_sum(row)).tobytes(), i * 4)
 
     def read(self, rows: Array) -> torch.Tensor:

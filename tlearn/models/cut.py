@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from tlearn.models.build import Model
@@ -89,7 +90,8 @@ def find_cut(model: Model, images: torch.Tensor) -> Cut:
             if isinstance(layers[name], Blank):
                 channels_last = output.dim() == 4 and output.is_contiguous(memory_format=torch.channels_last)
                 cut = Cut(dict(layers), tuple(images.shape[1:]), output.dtype, channels_last)
-                if _suffices(model, cut, images):
+                # other images than those of which constants may have been taken
+                if _suffices(model, cut, images.flip(0)):
                     return cut
             del layers[name]  # it is in the middle of a block, beside a shortcut, say
     finally:
@@ -239,8 +241,9 @@ def _suffices(model: Model, cut: Cut, images: torch.Tensor) -> bool:
 
 
 def _changes(module: nn.Module) -> bool:
-    """Whether it has trained parameters of its own, or draws random numbers."""
-    return any(p.requires_grad for p in module.parameters(recurse=False)) or _is_random(module)
+    """Whether it has trained parameters of its own, draws random numbers, or looks at the rest of the batch."""
+    trains = any(p.requires_grad for p in module.parameters(recurse=False))
+    return trains or _is_random(module) or (isinstance(module, _BatchNorm) and module.training)
 
 
 def _is_random(module: nn.Module) -> bool:
