@@ -130,6 +130,10 @@ class Plan:
             counts[a.split][a.class_name] += 1
         return counts
 
+    def several_frames(self) -> list[str]:
+        """Accepted files that hold more pictures than the first, which is used."""
+        return sorted(a.file for a in self.accepted if a.image.frames > 1)
+
     def audit(self) -> dict[str, Any]:
         """audit.json: every file of the source, once."""
         accepted: dict[str, list[str]] = defaultdict(list)
@@ -146,6 +150,7 @@ class Plan:
             "accepted": {split: sorted(files) for split, files in sorted(accepted.items())},
             "quarantined": [{"file": f, "reason": r} for f, r in sorted(self.quarantined.items())],
             "duplicates": sorted(self.duplicates, key=lambda d: d["file"]),
+            "several_frames": self.several_frames(),
             "leaks": self.leaks,
         }
 
@@ -157,6 +162,7 @@ class Plan:
         for problem, items in (
             ("quarantined (unreadable or not an image)", self.quarantined),
             ("exact duplicates dropped", self.duplicates),
+            ("files with several frames, of which the first is used", self.several_frames()),
             ("LEAKS: the same image in several splits or under several labels", self.leaks),
         ):
             if items:

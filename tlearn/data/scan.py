@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tlearn.console import progress_bar
-from tlearn.data.decode import FORMATS, UnreadableImageError, load_rgb, open_image
+from tlearn.data.decode import FORMATS, UnreadableImageError, frames_of, load_rgb, open_image
 from tlearn.data.workers import on_all_cores
 
 _SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -45,6 +45,8 @@ class Examined:
     height: int = 0
     sums: tuple[float, ...] = ()
     """Sum of x and of x^2 per RGB channel, x in 0..1."""
+    frames: int = 1
+    """Pictures in the file, of which the first is used."""
     reason: str = ""
 
 
@@ -162,6 +164,7 @@ def _examine(source: Path, found: Found) -> Examined:
         image = open_image(data)
         ending = FORMATS[str(image.format)]
         rgb = load_rgb(image)
+        frames = frames_of(data)
     except UnreadableImageError as error:
         return Examined(**known, reason=str(error))  # type: ignore[arg-type]
     except OSError as error:
@@ -175,4 +178,5 @@ def _examine(source: Path, found: Found) -> Examined:
         width=rgb.width,
         height=rgb.height,
         sums=(*(histogram @ levels).tolist(), *(histogram @ levels**2).tolist()),
+        frames=frames,
     )
