@@ -46,6 +46,7 @@ PACKAGES = {
         "workers",
         "loader",
         "scan",
+        "folders",
         "plan",
         "prepare",
         "stream",

@@ -141,7 +141,7 @@ def predict(
     as_json: JsonFlag = False,
 ) -> None:
     """Print the most likely classes of images."""
-    from tlearn.data.scan import walk
+    from tlearn.data.folders import walk
     from tlearn.predict import load
 
     files = [file for path in paths for file in (walk(path) if path.is_dir() else [path])]
