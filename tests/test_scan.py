@@ -743,7 +743,7 @@ def _unknown_class_in_val(source: Path) -> None:
 
 
 REFUSED = [
-    (_no_folder, r"source: no such folder; give a folder with one sub-folder of images per class"),
+    (_no_folder, r"source: no such folder or file; give one of\n .*sub-folder of images per class"),
     (_empty_folder, r"source: the folder is empty; expected one sub-folder of images per class"),
     (_one_class, r"source: only one class \('cat'\); a classifier needs two or more"),
     (_flat, r"source: 8 files but none in a class folder \(first: 000\.png: not in a class folder\)"),

@@ -37,7 +37,7 @@ class Folder:
     def listing(self) -> Listing:
         """Every file below the folder, sorted: those in a class folder, and the others with the reason.
 
-        What `walk` leaves out is ignored. Classes are also those of empty folders; where it comes split, those of train.
+        What `walk` leaves out is ignored. Empty folders are classes too; where it comes split, those of train.
         """
         split_of = _split_folders(self.root)
         found, stray = [], {}

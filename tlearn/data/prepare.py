@@ -12,7 +12,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -24,7 +24,7 @@ from PIL import Image
 
 from tlearn.console import progress_bar, show
 from tlearn.data.decode import load_rgb, open_image
-from tlearn.data.folders import Folder
+from tlearn.data.origins import open_origin
 from tlearn.data.plan import Accepted, Options, Plan
 from tlearn.data.scan import Origin, examine_all
 from tlearn.data.shards import INDEX, SPLITS, Index, Sample, read_index, write_index, write_split
@@ -35,25 +35,34 @@ from tlearn.files import write_json
 _JOURNAL = "scan.jsonl"  # inside OUT.partial: what the scan found so far
 
 
-def prepare(source: str | Path, out: str | Path, options: Options | None = None) -> Index:
-    """Turn a folder of class folders into shards.
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    options: Options | None = None,
+    *,
+    classes: Sequence[str] = (),
+    val_from: str | None = None,
+) -> Index:
+    """Turn labelled images into shards.
 
     Args:
-        source: SOURCE/<class>/**/image, or SOURCE/{train,val,test}/<class>/**/image.
+        source: a folder with one sub-folder of images per class (perhaps below train, val and test), a CSV or TSV with
+            the columns path, label and split, `x-{000000..000127}.tar`, a folder of idx files, or `torchvision:NAME`.
         out: new folder for shards, index.json and audit.json. If it already holds exactly this, nothing is done.
         options: shares of the splits, seed, largest side, shard size.
+        classes: names of classes that the source numbers (shards, idx files, torchvision), in the order of the numbers.
+        val_from: shards of the validation images, where the source is shards.
 
     Raises:
         TlearnError: nothing usable, one class only, a class without readable images, OUT in use for something else.
     """
-    source, out, options = Path(source), Path(out), options or Options()
-    if not source.is_dir():
-        raise TlearnError(f"{source}: no such folder; give a folder with one sub-folder of images per class")
+    out, options = Path(out), options or Options()
+    origin = open_origin(source, classes, val_from)
     if out.is_symlink():
         out = out.resolve()
-    if source.resolve() in out.resolve().parents:
+    folder = Path(source).expanduser()
+    if folder.is_dir() and folder.resolve() in out.resolve().parents:
         raise TlearnError(f"{out}: lies inside {source}; choose an OUT outside of the pictures")
-    origin = Folder(source)
     listing = origin.listing()
     about = {
         "source_fingerprint": listing.fingerprint(),
@@ -92,7 +101,7 @@ def prepare_cached(source: Path, options: Options) -> Index:
     """`prepare` into the cache, under a name that changes with the folder's files and the options."""
     if not source.is_dir():
         raise TlearnError(f"data.path: {source}: no such folder; give a folder of class folders or prepared data")
-    fingerprint = Folder(source).listing().fingerprint()
+    fingerprint = open_origin(source).listing().fingerprint()
     digest = hashlib.sha256(json.dumps([str(source.resolve()), fingerprint, asdict(options)]).encode()).hexdigest()
     cache = Path(os.environ.get("TLEARN_CACHE") or "~/.cache/tlearn").expanduser()
     return prepare(source, cache / "prepared" / f"{source.resolve().name}-{digest[:12]}", options)
@@ -100,7 +109,7 @@ def prepare_cached(source: Path, options: Options) -> Index:
 
 def comes_split(source: Path) -> bool:
     """Whether a folder says which of its images are held out."""
-    return any(f.split for f in Folder(source).listing().found)
+    return any(f.split for f in open_origin(source).listing().found)
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Protocol
 
 import numpy as np
 
-from tlearn.console import progress_bar
+from tlearn.console import progress_bar, show
 from tlearn.data.decode import FORMATS, UnreadableImageError, frames_of, load_rgb, open_image
 from tlearn.data.workers import on_all_cores
+from tlearn.errors import TlearnError
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """What people call the splits, in lower case."""
@@ -98,6 +100,26 @@ class Examined:
     frames: int = 1
     """Pictures in the file, of which the first is used."""
     reason: str = ""
+
+
+def class_names(numbers: AbstractSet[int], names: Sequence[str], where: str) -> dict[int, str]:
+    """{number: name} of the classes that have an image, in the order of the numbers.
+
+    Args:
+        numbers: the labels.
+        names: of the classes from 0 on; without them the numbers are the names.
+        where: what messages call the origin.
+
+    Raises:
+        TlearnError: a number that has no name.
+    """
+    if names and (beyond := sorted(n for n in numbers if not 0 <= n < len(names))):
+        raise TlearnError(
+            f"{where}: label {beyond[0]}, but there are {len(names)} names of classes, which count from 0"
+        )
+    if unused := [name for i, name in enumerate(names) if i not in numbers]:
+        show(f"{where}: no image of {len(unused)} of {len(names)} classes, left out: {', '.join(unused[:5])}")
+    return {n: names[n] if names else str(n) for n in sorted(numbers)}
 
 
 def examine_all(origin: Origin, found: list[Found], journal: Path) -> dict[str, Examined]:
