@@ -129,12 +129,17 @@ def test_what_is_no_source_is_one_error_that_lists_the_kinds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    write_tar(tmp_path / "shards" / "x-000000.tar", {})
+    with pytest.raises(
+        TlearnError, match=r"shards: is a folder of tar shards; name them as '.*/x-\{000000\.\.000127\}\.tar'"
+    ):
+        open_origin(tmp_path / "shards")
     for source, what in (("x.parquet", "cannot be prepared"), ("nothing", "no such folder or file")):
         assert run_cli(monkeypatch, "prepare", tmp_path / source, tmp_path / "out") == 2
         message = capsys.readouterr().err
         assert f"{source}: {what}; give one of" in message
         assert all(kind in message for kind in ("sub-folder", "TABLE.csv", ".tar", "idx files", "torchvision:NAME"))
-    assert names(tmp_path) == ["x.parquet"]
+    assert names(tmp_path) == ["shards", "x.parquet"]
 
 
 def test_options_without_an_effect_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -522,7 +527,7 @@ def test_a_class_with_train_gives_train_val_and_test(
     assert index.classes == ("cat", "dog", "owl")
     assert len(index.splits["train"]) + len(index.splits["val"]) == 30
     assert per_class(index)["test"] == [3, 3, 3]
-    assert audit(tmp_path / "out")["accepted"]["test"] == [f"test/{i:06d}" for i in range(9)]
+    assert audit(tmp_path / "out")["accepted"]["test"] == [f"FakeData/test/{i:06d}" for i in range(9)]
     test = index.splits["test"]
     assert {pixels(test.read(i)).tobytes() for i in range(9)} == {
         np.asarray(noise(100 + i)).astype(np.int64).tobytes() for i in range(9)

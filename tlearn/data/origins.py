@@ -49,6 +49,9 @@ def open_origin(source: str | Path, classes: Sequence[str] = (), val_from: str |
     if classes:
         raise TlearnError(f"--classes: has no effect on {text}, whose classes have names")
     if path.is_dir():
+        inside = list(path.iterdir())
+        if any(p.suffix == ".tar" for p in inside) and not any(p.is_dir() for p in inside):
+            raise TlearnError(f"{text}: is a folder of tar shards; name them as '{path}/x-{{000000..000127}}.tar'")
         return Folder(path)
     if path.is_file() and path.suffix.lower() in DELIMITERS:
         return Listed(path)

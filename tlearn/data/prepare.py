@@ -100,7 +100,9 @@ def open_or_prepare(path: str | Path) -> Index:
 def prepare_cached(source: Path, options: Options) -> Index:
     """`prepare` into the cache, under a name that changes with the folder's files and the options."""
     if not source.is_dir():
-        raise TlearnError(f"data.path: {source}: no such folder; give a folder of class folders or prepared data")
+        raise TlearnError(
+            f"data.path: {source}: no such folder; give a folder of class folders, or what `tlearn prepare` made"
+        )
     fingerprint = open_origin(source).listing().fingerprint()
     digest = hashlib.sha256(json.dumps([str(source.resolve()), fingerprint, asdict(options)]).encode()).hexdigest()
     cache = Path(os.environ.get("TLEARN_CACHE") or "~/.cache/tlearn").expanduser()

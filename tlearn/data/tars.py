@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tlearn.console import progress_bar
 from tlearn.data.decode import FORMATS
 from tlearn.data.scan import Found, Listing, class_names
 from tlearn.data.shards import OpenFiles
@@ -64,32 +65,34 @@ class Tars:
         Raises:
             TlearnError: a shard that cannot be read, no sample with an image and a label, a label without a name.
         """
-        found: dict[str, tuple[Found, str]] = {}  # with the label as it stands there
+        labels: dict[str, str] = {}
+        places: dict[str, tuple[int, int, int]] = {}
         stray: dict[str, str] = {}
-        for shard, path in enumerate(self.paths):
-            time_ns = path.stat().st_mtime_ns
-            for sample in _spans(path):
-                ending = next((e for e in IMAGE_ENDINGS if e in sample), None)
-                file = f"{path}/{sample['__key__']}{'.' + ending if ending else ''}"
-                if file in found or file in stray:  # the same name once more, further on
-                    file += f" (byte {next(v for v in sample.values() if isinstance(v, tuple))[0]})"
-                if ending is None:
-                    stray[file] = f"no image beside it (.{', .'.join(IMAGE_ENDINGS)})"
-                    continue
-                try:
-                    label = self._label(shard, sample)
-                except ValueError as error:
-                    stray[file] = str(error)
-                    continue
-                offset, size = sample[ending]
-                about = Found(file, "", self.splits[shard], size, time_ns, (shard, offset, size))
-                found[file] = (about, label)
-        if not found:
+        with progress_bar("listing shards", total=len(self.paths)) as advance:
+            for shard, path in enumerate(self.paths):
+                for sample in _spans(path):
+                    ending = next((e for e in IMAGE_ENDINGS if e in sample), None)
+                    file = f"{path}/{sample['__key__']}{'.' + ending if ending else ''}"
+                    if file in labels or file in stray:  # the same name once more, further on
+                        file += f" (byte {min(span[0] for span in sample.values() if isinstance(span, tuple))})"
+                    try:
+                        if ending is None:
+                            raise ValueError(f"no image beside it (.{', .'.join(IMAGE_ENDINGS)})")
+                        labels[file] = self._label(shard, sample)
+                        places[file] = (shard, *sample[ending])
+                    except ValueError as error:
+                        stray[file] = str(error)
+                advance()
+        if not labels:
             file, reason = next(iter(stray.items()), (self.name, "there is none"))
             raise TlearnError(f"{self.name}: no sample with an image and a label (first: {file}: {reason})")
-        names = self._names(found)
-        named = [Found(f.file, names[label], f.split, f.size, f.mtime_ns, f.place) for f, label in found.values()]
-        return Listing(named, stray, list(dict.fromkeys(names.values())))
+        names = self._names(labels)
+        times_ns = [path.stat().st_mtime_ns for path in self.paths]
+        found = [
+            Found(file, names[labels[file]], self.splits[shard], size, times_ns[shard], (shard, offset, size))
+            for file, (shard, offset, size) in places.items()
+        ]
+        return Listing(found, stray, list(dict.fromkeys(names.values())))
 
     def _label(self, shard: int, sample: dict[str, Any]) -> str:
         """Raises ValueError with the reason where there is none."""
@@ -108,9 +111,9 @@ class Tars:
                 return str(int(text)) if text.isascii() and text.isdecimal() else text
         raise ValueError(f"no label in its .cls, .json ({', '.join(_LABEL_KEYS)}) or .txt")
 
-    def _names(self, found: dict[str, tuple[Found, str]]) -> dict[str, str]:
-        """{label: class}, in the order of the classes."""
-        first = {label: file for file, (_, label) in reversed(found.items())}
+    def _names(self, labels: dict[str, str]) -> dict[str, str]:
+        """{label: class}, in the order of the classes, of {file: label}."""
+        first = {label: file for file, label in reversed(labels.items())}
         numbers = {int(label) for label in first if label.isdecimal()}
         others = sorted(label for label in first if not label.isdecimal())
         if self.classes and (unknown := [label for label in others if label not in self.classes]):

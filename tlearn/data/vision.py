@@ -40,14 +40,14 @@ class Vision:
         from torchvision import datasets  # takes seconds, which other sources do not pay for
 
         self.name, self.classes = name, tuple(classes)
-        kind = name.removeprefix(PREFIX)
-        if kind not in datasets.__all__:
-            near = get_close_matches(kind, datasets.__all__, 1)
+        self.kind = name.removeprefix(PREFIX)
+        if self.kind not in datasets.__all__:
+            near = get_close_matches(self.kind, datasets.__all__, 1)
             meant = f"did you mean {PREFIX}{near[0]}?" if near else "its names stand in torchvision.datasets"
             raise TlearnError(f"{name}: torchvision has no such data set; {meant}")
-        self.kind: Callable[..., Any] = getattr(datasets, kind)
+        self.make: Callable[..., Any] = getattr(datasets, self.kind)
         cache = Path(os.environ.get("TLEARN_CACHE") or "~/.cache/tlearn").expanduser()
-        self.root = cache / "torchvision" / kind
+        self.root = cache / "torchvision" / self.kind
         self._parts: list[Any] = []
 
     def read(self, found: Found) -> bytes:
@@ -68,7 +68,7 @@ class Vision:
         given = self.classes or _own_names(self._parts[0])
         names = class_names({n for numbers in labels.values() for n in numbers}, given, self.name)
         found = [
-            Found(f"{split or 'all'}/{row:06d}", names[number], split, 0, 0, (part, row))
+            Found(f"{self.kind}/{split or 'all'}/{row:06d}", names[number], split, 0, 0, (part, row))
             for part, (split, numbers) in enumerate(labels.items())
             for row, number in enumerate(numbers)
         ]
@@ -76,7 +76,7 @@ class Vision:
 
     def _open(self) -> dict[str | None, Any]:
         """{split: data set}."""
-        takes = inspect.signature(self.kind).parameters
+        takes = inspect.signature(self.make).parameters
         if "train" in takes:
             return {"train": self._made(train=True), "test": self._made(train=False)}
         if "split" not in takes:
@@ -91,12 +91,12 @@ class Vision:
 
     def _made(self, **which: Any) -> Any:
         """None: it has no split of this name."""
-        takes = inspect.signature(self.kind).parameters
+        takes = inspect.signature(self.make).parameters
         options = {"root": str(self.root), "download": True, "loader": _bytes_of}
         self.root.mkdir(parents=True, exist_ok=True)
         try:
             with redirect_stdout(sys.stderr):  # stdout belongs to results
-                return self.kind(**which, **{name: value for name, value in options.items() if name in takes})
+                return self.make(**which, **{name: value for name, value in options.items() if name in takes})
         except ImportError as error:
             raise TlearnError(f"{self.name}: {error}; install what it needs") from None
         except (TypeError, ValueError) as error:
@@ -113,7 +113,7 @@ class Vision:
 
     def _call(self, which: dict[str, Any]) -> str:
         arguments = "".join(f", {name}={value!r}" for name, value in which.items())
-        return f"{self.name.removeprefix(PREFIX)}('FOLDER'{arguments}, download=True)"
+        return f"{self.kind}('FOLDER'{arguments}, download=True)"
 
     def _labels(self, part: Any) -> list[int]:
         targets = getattr(part, "targets", None)
