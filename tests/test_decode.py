@@ -15,13 +15,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pictures import encode, noise, photo, pixels, psnr_db, tiles
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
-from tlearn.data.decode import FORMATS, UnreadableImageError, load_rgb, open_image, upright_size
+from tlearn.data.decode import FORMATS, UnreadableImageError, as_bmp, frames_of, load_rgb, open_image, upright_size
 
 Picture = npt.NDArray[np.uint8]
 UPRIGHT = tiles(0, columns=5, rows=3)
-LOSSLESS: dict[str, dict[str, Any]] = {"PNG": {}, "WEBP": {"lossless": True}, "BMP": {}}
+LOSSLESS: dict[str, dict[str, Any]] = {"PNG": {}, "WEBP": {"lossless": True}, "BMP": {}, "TIFF": {}}
 # how a camera stores an upright picture under each EXIF orientation (CIPA DC-008, 4.6.4 A)
 STORED_AS: dict[int, Callable[[Picture], Picture]] = {
     1: lambda a: a,
@@ -91,7 +91,7 @@ def test_a_jpeg_with_more_pictures_behind_it_is_its_first_one() -> None:
 
 
 @pytest.mark.parametrize("value", STORED_AS)
-@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
 def test_rotated_lossless_files_come_out_upright(format: str, value: int) -> None:
     stored = Image.fromarray(np.ascontiguousarray(STORED_AS[value](UPRIGHT)))
     data = encode(stored, format, exif=orientation(value), **LOSSLESS[format])
@@ -194,11 +194,80 @@ def test_a_colour_declared_transparent_shows_white() -> None:
     assert pixels(encode(image, "PNG", transparency=(4, 5, 6))).tolist() == [[[1, 2, 3], [255, 255, 255]]]
 
 
-def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
-    grey = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
-    data = encode(Image.fromarray(grey), "PNG")
-    assert open_image(data).mode.startswith("I")
+def tiff_tags(values: dict[int, int]) -> TiffImagePlugin.ImageFileDirectory_v2:
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in values.items():
+        tags[tag] = value
+    return tags
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "order"),
+    [("PNG", {}, "<u2"), ("TIFF", {}, "<u2"), ("TIFF", {}, ">u2"), ("TIFF", {"compression": "tiff_lzw"}, "<u2")],
+)
+def test_sixteen_bit_grey_is_scaled_not_clipped(format: str, options: dict[str, Any], order: str) -> None:
+    grey = (np.arange(256) * 257).reshape(16, 16).astype(order)
+    data = encode(Image.fromarray(grey), format, **options)
+    assert open_image(data).mode.startswith("I;16")
     assert (pixels(data) == np.arange(256).reshape(16, 16, 1)).all()
+
+
+def test_a_tiff_whose_white_is_zero_is_turned_round() -> None:
+    grey = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    data = encode(Image.fromarray(grey), "TIFF", tiffinfo=tiff_tags({262: 0}))
+    assert (pixels(data) == 255 - np.arange(256).reshape(16, 16, 1)).all()
+
+
+def test_twelve_bit_grey_is_scaled_by_its_own_white() -> None:
+    """Packed by hand, two values in three bytes: Pillow reads these files and does not write them."""
+    values = np.arange(256) * 16
+    packed = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in values.reshape(-1, 2).tolist())
+    tags = {256: 16, 257: 16, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: 16, 279: len(packed)}
+    rows = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    data = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + rows + struct.pack("<I", 0)
+    data += bytes(122 - len(data)) + packed
+    assert open_image(data).mode == "I;16"
+    assert np.abs(pixels(data)[..., 0].ravel() - np.arange(256)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_values_of_an_unknown_range_are_refused(kind: type) -> None:
+    data = encode(Image.fromarray(np.ones((4, 4), dtype=kind)), "TIFF")
+    with pytest.raises(UnreadableImageError, match="unknown range; convert them to 8 or 16 bits"):
+        pixels(data)
+
+
+def test_a_tiff_that_begins_with_a_preview_is_refused() -> None:
+    """As raw files of many cameras do: what Pillow would show is a thumbnail."""
+    with pytest.raises(UnreadableImageError, match="preview"):
+        open_image(encode(noise(1), "TIFF", tiffinfo=tiff_tags({254: 1})))
+
+
+@pytest.mark.parametrize("format", ["TIFF", "GIF", "PNG", "WEBP"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_first_of_several_frames_is_decoded_and_all_are_counted(format: str, n: int) -> None:
+    frames = [Image.fromarray(UPRIGHT).quantize(16), *(noise(i, 80, 48).quantize(16) for i in range(1, n))]
+    options = {"save_all": True, "append_images": frames[1:]} if n > 1 else {}
+    data = encode(frames[0], format, **options, **LOSSLESS.get(format, {}))
+    assert frames_of(data) == n
+    assert (pixels(data) == np.asarray(frames[0].convert("RGB"))).all()
+
+
+def test_a_gif_shows_white_where_it_is_transparent() -> None:
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([200, 0, 0, 0, 200, 0])
+    palette.putpixel((1, 0), 1)
+    assert pixels(encode(palette, "GIF", transparency=1)).tolist() == [[[200, 0, 0], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "I;16"])
+def test_a_picture_without_a_file_becomes_one_that_is_decoded_alike(mode: str) -> None:
+    if mode == "I;16":
+        image = Image.fromarray((np.arange(256, dtype=np.uint16) * 257).reshape(16, 16))
+    else:
+        image = noise(4, 21, 10).convert(mode)
+    assert (pixels(as_bmp(image)) == pixels(encode(image, "PNG"))).all()
+    assert as_bmp(image)[:2] == b"BM"
 
 
 @pytest.mark.parametrize("mode", ["L", "1"])
@@ -245,7 +314,16 @@ def test_covering_decode_of_other_formats_is_the_whole_picture() -> None:
 
 @pytest.mark.parametrize(
     ("format", "options"),
-    [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("BMP", {})],
+    [
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("PNG", {}),
+        ("WEBP", {}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("GIF", {}),
+    ],
 )
 def test_a_file_cut_short_is_refused(format: str, options: dict[str, Any]) -> None:
     data = encode(noise(2, 40, 30), format, **options)
@@ -271,9 +349,9 @@ def test_what_is_no_image_is_refused_with_the_list_of_formats(data: bytes) -> No
         open_image(data)
 
 
-@pytest.mark.parametrize("format", ["GIF", "TIFF", "ICO", "PPM"])
+@pytest.mark.parametrize("format", ["ICO", "PPM"])
 def test_other_image_formats_are_refused_with_the_list_of_formats(format: str) -> None:
-    with pytest.raises(UnreadableImageError, match=r"not an image of a known format \(JPEG, .*BMP\)"):
+    with pytest.raises(UnreadableImageError, match=r"not an image of a known format \(JPEG, .*BMP, TIFF, GIF\)"):
         open_image(encode(noise(1, 32, 32), format))
 
 

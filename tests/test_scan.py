@@ -190,7 +190,7 @@ def test_files_that_are_no_usable_image_are_quarantined_with_the_reason(source: 
     (source / "cat" / "cut.png").write_bytes(png[: len(png) // 2])
     (source / "cat" / "empty.jpg").write_bytes(b"")
     (source / "dog" / "notes.txt").write_text("two dogs")
-    (source / "dog" / "moving.gif").write_bytes(encode(noise(701), "GIF"))
+    (source / "dog" / "desk.ico").write_bytes(encode(noise(701, 32, 32), "ICO"))
     (source / "dog" / "gone.png").symlink_to(source / "nowhere.png")
     (source / "readme.md").write_text("cats and dogs")
     out = tmp_path / "out"
@@ -200,17 +200,33 @@ def test_files_that_are_no_usable_image_are_quarantined_with_the_reason(source: 
         "cat/cut.png",
         "cat/empty.jpg",
         "dog/notes.txt",
-        "dog/moving.gif",
+        "dog/desk.ico",
         "dog/gone.png",
         "readme.md",
     }
     assert reasons["cat/cut.png"].startswith("cannot be decoded: ")
     assert reasons["cat/empty.jpg"] == "empty file"
     assert reasons["dog/notes.txt"].startswith("not an image of a known format")
-    assert reasons["dog/moving.gif"].startswith("not an image of a known format")
+    assert reasons["dog/desk.ico"].startswith("not an image of a known format")
     assert reasons["dog/gone.png"].startswith("cannot be read: ")
     assert reasons["readme.md"] == "not in a class folder"
     assert len(index.splits["train"]) + len(index.splits["val"]) == 16
+
+
+def test_files_with_several_frames_are_taken_and_counted(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, frames in {"cat/moving.gif": 3, "cat/still.gif": 1, "dog/stack.tif": 2}.items():
+        pictures = [noise(710 + i + frames) for i in range(frames)]
+        format = "GIF" if name.endswith("gif") else "TIFF"
+        (source / name).write_bytes(encode(pictures[0], format, save_all=True, append_images=pictures[1:]))
+    out = tmp_path / "out"
+    index = prepare(source, out)
+    assert sum(map(len, index.splits.values())) == 19
+    assert audit(out)["several_frames"] == ["cat/moving.gif", "dog/stack.tif"]
+    assert "2 files with several frames, of which the first is used" in capsys.readouterr().err
+    stored = {**files_of(index, "train"), **files_of(index, "val")}
+    assert {"cat/moving.gif", "cat/still.gif", "dog/stack.tif"} <= stored.keys()
 
 
 def test_files_beside_the_split_folders_are_quarantined(tmp_path: Path) -> None:
@@ -727,7 +743,7 @@ def _unknown_class_in_val(source: Path) -> None:
 
 
 REFUSED = [
-    (_no_folder, r"source: no such folder; give a folder with one sub-folder of images per class"),
+    (_no_folder, r"source: no such folder or file; give one of\n .*sub-folder of images per class"),
     (_empty_folder, r"source: the folder is empty; expected one sub-folder of images per class"),
     (_one_class, r"source: only one class \('cat'\); a classifier needs two or more"),
     (_flat, r"source: 8 files but none in a class folder \(first: 000\.png: not in a class folder\)"),

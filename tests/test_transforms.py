@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from pictures import encode, noise, photo, psnr_db
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from tlearn.data.decode import load_rgb, open_image
 from tlearn.data.transforms import EvalTransform, Pixels, Preprocessing, TrainTransform, normalise
@@ -281,3 +282,24 @@ def test_an_empty_batch_is_normalised_to_an_empty_batch() -> None:
     got = normalise(torch.empty(0, 3, 5, 5, dtype=torch.uint8), preprocessing(5), torch.float32)
     assert got.shape == (0, 3, 5, 5)
     assert got.dtype == torch.float32
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+def test_a_tiff_that_is_stored_sideways_is_cut_like_the_upright_picture(fit: Fit) -> None:
+    upright = Image.open(io.BytesIO(flag()))
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[ExifTags.Base.Orientation] = 6
+    tiff = encode(upright.transpose(Image.Transpose.ROTATE_90), "TIFF", tiffinfo=tags)
+    transform = EvalTransform(preprocessing(32, fit=fit))
+    assert (transform(tiff) == transform(flag())).all()
+    draw = train_transform(fit=fit)
+    assert all((draw(tiff, seed) == draw(flag(), seed)).all() for seed in range(5))
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bits_train_and_predict_as_their_eight(format: str) -> None:
+    grey = np.arange(64 * 64).reshape(64, 64) // 16
+    sixteen = encode(Image.fromarray((grey * 257).astype(np.uint16)), format)
+    eight = encode(Image.fromarray(grey.astype(np.uint8)), "PNG")
+    transform = EvalTransform(preprocessing(32))
+    assert (transform(sixteen) == transform(eight)).all()

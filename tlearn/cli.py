@@ -75,19 +75,22 @@ def _root(
 
 @app.command()
 def prepare(
-    src: Annotated[Path, typer.Argument(help="SRC/<class>/images, or SRC/{train,val,test}/<class>/images.")],
+    src: Annotated[str, typer.Argument(help="FOLDER, TABLE.csv, 'x-{000000..000127}.tar' or torchvision:NAME.")],
     out: Annotated[Path, typer.Argument(help="New folder for the shards, index.json and audit.json.")],
     val: Annotated[float, typer.Option(help="Share of every class that is kept for validation.")] = 0.2,
     test: Annotated[float, typer.Option(help="Share of every class that is kept for the final test.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
     max_side: Annotated[int | None, typer.Option(help="Scale larger images down to this side, px.")] = None,
     shard_mib: Annotated[int, typer.Option(help="Size of a shard, MiB.")] = 128,
+    classes: Annotated[str | None, typer.Option(help="a,b,c: names of classes that SRC numbers 0, 1, 2.")] = None,
+    val_from: Annotated[str | None, typer.Option(help="Tar shards of the validation images.")] = None,
 ) -> None:
-    """Verify, deduplicate and split a folder of images; write WebDataset shards."""
+    """Verify, deduplicate and split labelled images; write WebDataset shards."""
     from tlearn.data.plan import Options
     from tlearn.data.prepare import prepare as run
 
-    run(src, out, Options(val=val, test=test, seed=seed, max_side=max_side, shard_mib=shard_mib))
+    options = Options(val=val, test=test, seed=seed, max_side=max_side, shard_mib=shard_mib)
+    run(src, out, options, classes=() if classes is None else classes.split(","), val_from=val_from)
 
 
 @app.command()
@@ -141,7 +144,7 @@ def predict(
     as_json: JsonFlag = False,
 ) -> None:
     """Print the most likely classes of images."""
-    from tlearn.data.scan import walk
+    from tlearn.data.folders import walk
     from tlearn.predict import load
 
     files = [file for path in paths for file in (walk(path) if path.is_dir() else [path])]

@@ -13,8 +13,7 @@ from tlearn.config import Config
 from tlearn.data.decode import UnreadableImageError
 from tlearn.data.loader import EVAL_IMAGES, Share, Steps, eval_loader
 from tlearn.data.plan import Options
-from tlearn.data.prepare import prepare_cached
-from tlearn.data.scan import split_folders
+from tlearn.data.prepare import comes_split, prepare_cached
 from tlearn.data.shards import INDEX, read_index
 from tlearn.data.source import open_source
 from tlearn.data.transforms import EvalTransform, Preprocessing, normalise
@@ -120,7 +119,7 @@ class Classifier:
             index = read_index(path)
         else:
             # a plain folder of classes is all there to be scored, of one with train and test only what is held out
-            index = prepare_cached(path, Options(val=0.0 if split_folders(path) else 1.0))
+            index = prepare_cached(path, Options(val=0.0 if comes_split(path) else 1.0))
         if unknown := sorted(set(index.classes) - set(self.classes)):
             raise TlearnError(f"{path}: classes that the model does not know: {', '.join(unknown[:5])}")
         labels = [self.classes.index(name) for name in index.classes]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import warnings
+from enum import IntEnum
+from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from tlearn.errors import TlearnError
 
-FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
+FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "GIF": "gif"}
 """Formats that are read (by content, not by name), and their ending inside shards."""
 _PLUGINS = tuple(name for name in FORMATS if name != "MPO")  # a JPEG with more behind it: the JPEG plug-in opens it
 BACKGROUND = (255, 255, 255)
@@ -29,6 +31,14 @@ SIDEWAYS = (5, 6, 7, 8)
 """Orientations that swap width and height."""
 
 
+class TiffTag(IntEnum):
+    """Of TIFF 6.0 (Adobe, 1992), section 8."""
+
+    SUBFILE_TYPE = 254
+    BITS = 258
+    PHOTOMETRIC = 262
+
+
 class UnreadableImageError(TlearnError):
     """The bytes are no image that can be decoded; the message is the reason."""
 
@@ -43,8 +53,14 @@ def open_image(data: bytes) -> Image.Image:
         raise UnreadableImageError("empty file")
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on tags that do not matter here
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data), formats=_PLUGINS)
+            image = Image.open(io.BytesIO(data), formats=_PLUGINS)
+            if _tag(image, TiffTag.SUBFILE_TYPE, 0) & 1:
+                raise UnreadableImageError("begins with a preview, as raw files of cameras do; export it as JPEG")
+            return image
+    except UnreadableImageError:
+        raise
     except UnidentifiedImageError:
         raise UnreadableImageError(f"not an image of a known format ({', '.join(FORMATS)})") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -53,8 +69,23 @@ def open_image(data: bytes) -> Image.Image:
         raise UnreadableImageError(f"broken header: {error or type(error).__name__}") from None
 
 
+def frames_of(data: bytes) -> int:
+    """How many pictures a file holds, of which the first is decoded; those behind a broken one are not counted.
+
+    Raises:
+        UnreadableImageError: as `open_image`.
+    """
+    image = open_image(data)
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except Exception:  # looking for them meets whatever a damaged file holds
+        return 1
+
+
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 where there is none or it makes no sense."""
+    """The EXIF orientation, 1 to 8, that is left to apply; 1 where there is none or it makes no sense."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # Pillow decodes these upright, and says so in their size
+        return 1
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -94,18 +125,40 @@ def load_as_stored(image: Image.Image, cover: tuple[float, float] | None = None)
     try:
         if cover is not None:
             image.draft(None, (max(1, int(cover[0])), max(1, int(cover[1]))))
-        image.load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on tags that do not matter here
+            image.load()
         return _to_rgb(image)
     except Exception as error:  # a malformed file raises whatever its plug-in happens to raise
         raise UnreadableImageError(f"cannot be decoded: {error or type(error).__name__}") from None
 
 
+def as_bmp(image: Image.Image) -> bytes:
+    """The bytes of a file for a picture that comes without one: RGB or grey, transparency over BACKGROUND.
+
+    Not compressed: every version of every library gives the same bytes, so that splits by their hash stay as they are.
+    """
+    buffer = io.BytesIO()
+    (image if image.mode == "L" else _to_rgb(image)).save(buffer, "BMP")
+    return buffer.getvalue()
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
-        grey = np.asarray(image).astype(np.int64)
-        return Image.fromarray((grey.clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255 instead of scaling
+        white = 2 ** int(np.max(_tag(image, TiffTag.BITS, 16))) - 1
+        grey = np.asarray(image).astype(np.int64).clip(0, white) * 255 // white
+        if _tag(image, TiffTag.PHOTOMETRIC, 1) == 0:  # white is zero; of 16 bits Pillow takes no notice of it
+            grey = 255 - grey
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("signed, 32-bit or floating-point values of an unknown range; convert them to 8 or 16 bits")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         canvas = Image.new("RGBA", rgba.size, (*BACKGROUND, 255))
         return Image.alpha_composite(canvas, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _tag(image: Image.Image, tag: TiffTag, default: int) -> Any:
+    """What a TIFF file says; other formats have the default."""
+    return image.tag_v2.get(tag, default) if isinstance(image, TiffImagePlugin.TiffImageFile) else default

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tlearn.console import show
-from tlearn.data.scan import Examined, Found
+from tlearn.data.scan import Examined, Found, Listing
 from tlearn.data.shards import SPLITS
 from tlearn.errors import TlearnError
 
@@ -37,10 +37,19 @@ class Options:
 class Accepted:
     """An image that goes into the output."""
 
-    file: str
-    class_name: str
+    found: Found
     split: str
     image: Examined
+
+    @property
+    def file(self) -> str:
+        """Its name in the origin."""
+        return self.found.file
+
+    @property
+    def class_name(self) -> str:
+        """Its label."""
+        return self.found.class_name
 
     @property
     def key(self) -> str:
@@ -51,21 +60,18 @@ class Accepted:
 class Plan:
     """What becomes of every file: accepted into a split, quarantined, dropped as a duplicate, or a leak."""
 
-    def __init__(
-        self,
-        found: list[Found],
-        examined: dict[str, Examined],
-        stray: dict[str, str],
-        folders: list[str],
-        options: Options,
-    ) -> None:
-        self.files = len(found) + len(stray)
-        self.quarantined = dict(stray)
+    def __init__(self, listing: Listing, examined: dict[str, Examined], options: Options) -> None:
+        found = listing.found
+        self.files = len(found) + len(listing.stray)
+        self.quarantined = dict(listing.stray)
         self.duplicates: list[dict[str, str]] = []
         self.leaks: list[dict[str, Any]] = []
         self.accepted: list[Accepted] = []
-        self.all_classes = sorted({f.class_name for f in found} | set(folders))
-        self._with_files = {f.class_name for f in found}
+        others = {f.class_name for f in found} - set(listing.classes)
+        self.all_classes = [*listing.classes, *sorted(others)]
+        self._files_of: dict[str, list[str]] = defaultdict(list)
+        for f in found:
+            self._files_of[f.class_name].append(f.file)
         by_content: dict[str, list[Found]] = defaultdict(list)
         for f in found:
             if reason := examined[f.file].reason:
@@ -80,10 +86,11 @@ class Plan:
         for class_name in sorted(by_class):
             members = sorted(by_class[class_name], key=lambda f: examined[f.file].sha256)
             for f, split in zip(members, _split(members, examined, has, options), strict=True):
-                self.accepted.append(Accepted(f.file, class_name, split, examined[f.file]))
+                self.accepted.append(Accepted(f, split, examined[f.file]))
         # by content: a shard holds every class, and is the same wherever the source lies
         self.accepted.sort(key=lambda a: a.image.sha256)
-        self.classes = sorted({a.class_name for a in self.accepted if a.split == "train"}) or self.all_classes
+        trained = {a.class_name for a in self.accepted if a.split == "train"}
+        self.classes = [name for name in self.all_classes if name in trained] or self.all_classes
 
     def _resolve(self, same: list[Found]) -> Found | None:
         """One of several files with the same content, or None if none can be trusted."""
@@ -99,14 +106,14 @@ class Plan:
             self.duplicates.extend({"file": f.file, "same_as": kept.file} for f in same if f is not kept)
         return kept
 
-    def check(self, source: Path, options: Options) -> None:
+    def check(self, source: str, options: Options) -> None:
         """Raise where no classifier can come of it."""
         usable = Counter(a.class_name for a in self.accepted)
         if empty := [name for name in self.all_classes if not usable[name]]:
             reasons = ", ".join(f"{name!r} ({self._why_unusable(name)})" for name in empty[:8])
             more = f" and {len(empty) - 8} more" if len(empty) > 8 else ""
             raise TlearnError(
-                f"{source}: classes without a usable image: {reasons}{more}; mend their files or remove the folders"
+                f"{source}: classes without a usable image: {reasons}{more}; mend their files or remove the classes"
             )
         if len(self.all_classes) < 2 and options.val < 1:
             raise TlearnError(f"{source}: only one class ({self.all_classes[0]!r}); a classifier needs two or more")
@@ -120,8 +127,9 @@ class Plan:
             raise TlearnError(f"{source}: no image is left for training; use a smaller --val or --test")
 
     def _why_unusable(self, class_name: str) -> str:
-        files = (f"{file}: {why}" for file, why in self.quarantined.items() if class_name in file.split("/")[:-1])
-        return next(files, "every image also has another label" if class_name in self._with_files else "empty folder")
+        files = self._files_of[class_name]
+        broken = (f"{file}: {self.quarantined[file]}" for file in files if file in self.quarantined)
+        return next(broken, "every image also has another label" if files else "no file")
 
     def counts(self) -> dict[str, Counter[str]]:
         """Images per split and class."""
@@ -130,8 +138,12 @@ class Plan:
             counts[a.split][a.class_name] += 1
         return counts
 
+    def several_frames(self) -> list[str]:
+        """Accepted files that hold more pictures than the first, which is used."""
+        return sorted(a.file for a in self.accepted if a.image.frames > 1)
+
     def audit(self) -> dict[str, Any]:
-        """audit.json: every file of the source, once."""
+        """audit.json: every file of the origin, once."""
         accepted: dict[str, list[str]] = defaultdict(list)
         for a in self.accepted:
             accepted[a.split].append(a.file)
@@ -146,6 +158,7 @@ class Plan:
             "accepted": {split: sorted(files) for split, files in sorted(accepted.items())},
             "quarantined": [{"file": f, "reason": r} for f, r in sorted(self.quarantined.items())],
             "duplicates": sorted(self.duplicates, key=lambda d: d["file"]),
+            "several_frames": self.several_frames(),
             "leaks": self.leaks,
         }
 
@@ -157,6 +170,7 @@ class Plan:
         for problem, items in (
             ("quarantined (unreadable or not an image)", self.quarantined),
             ("exact duplicates dropped", self.duplicates),
+            ("files with several frames, of which the first is used", self.several_frames()),
             ("LEAKS: the same image in several splits or under several labels", self.leaks),
         ):
             if items:

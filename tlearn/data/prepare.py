@@ -1,4 +1,4 @@
-"""A folder of labelled images -> a verified, deduplicated, split set of shards. Imports no torch.
+"""Labelled images, wherever they come from -> a verified, deduplicated, split set of shards. Imports no torch.
 
 Two passes. The first decodes every file once, on all cores, and journals what it found, so that a killed run
 goes on where it was. The second writes the shards. Everything is made in OUT.partial and renamed to OUT.
@@ -12,7 +12,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -24,8 +24,9 @@ from PIL import Image
 
 from tlearn.console import progress_bar, show
 from tlearn.data.decode import load_rgb, open_image
+from tlearn.data.origins import open_origin
 from tlearn.data.plan import Accepted, Options, Plan
-from tlearn.data.scan import class_folders, examine_all, list_images, listing_fingerprint
+from tlearn.data.scan import Origin, examine_all
 from tlearn.data.shards import INDEX, SPLITS, Index, Sample, read_index, write_index, write_split
 from tlearn.data.workers import on_all_cores
 from tlearn.errors import TlearnError
@@ -34,27 +35,37 @@ from tlearn.files import write_json
 _JOURNAL = "scan.jsonl"  # inside OUT.partial: what the scan found so far
 
 
-def prepare(source: str | Path, out: str | Path, options: Options | None = None) -> Index:
-    """Turn a folder of class folders into shards.
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    options: Options | None = None,
+    *,
+    classes: Sequence[str] = (),
+    val_from: str | None = None,
+) -> Index:
+    """Turn labelled images into shards.
 
     Args:
-        source: SOURCE/<class>/**/image, or SOURCE/{train,val,test}/<class>/**/image.
+        source: a folder with one sub-folder of images per class (perhaps below train, val and test), a CSV or TSV with
+            the columns path, label and split, `x-{000000..000127}.tar`, a folder of idx files, or `torchvision:NAME`.
         out: new folder for shards, index.json and audit.json. If it already holds exactly this, nothing is done.
         options: shares of the splits, seed, largest side, shard size.
+        classes: names of classes that the source numbers (shards, idx files, torchvision), in the order of the numbers.
+        val_from: shards of the validation images, where the source is shards.
 
     Raises:
         TlearnError: nothing usable, one class only, a class without readable images, OUT in use for something else.
     """
-    source, out, options = Path(source), Path(out), options or Options()
-    if not source.is_dir():
-        raise TlearnError(f"{source}: no such folder; give a folder with one sub-folder of images per class")
+    out, options = Path(out), options or Options()
+    origin = open_origin(source, classes, val_from)
     if out.is_symlink():
         out = out.resolve()
-    if source.resolve() in out.resolve().parents:
+    folder = Path(source).expanduser()
+    if folder.is_dir() and folder.resolve() in out.resolve().parents:
         raise TlearnError(f"{out}: lies inside {source}; choose an OUT outside of the pictures")
-    found, stray = list_images(source)
+    listing = origin.listing()
     about = {
-        "source_fingerprint": listing_fingerprint(found, stray),
+        "source_fingerprint": listing.fingerprint(),
         "options": asdict(options),
     }
     with _locked_partial(out) as partial_dir:
@@ -62,12 +73,10 @@ def prepare(source: str | Path, out: str | Path, options: Options | None = None)
             if done := _already_there(out, about):
                 shutil.rmtree(partial_dir)
                 return done
-            if not found:
-                raise TlearnError(_nothing_found(source, stray))
-            examined = examine_all(source, found, partial_dir / _JOURNAL)
-            plan = Plan(found, examined, stray, class_folders(source), options)
-            plan.check(source, options)
-            _write(source, partial_dir, plan, options, about)
+            examined = examine_all(origin, listing.found, partial_dir / _JOURNAL)
+            plan = Plan(listing, examined, options)
+            plan.check(origin.name, options)
+            _write(origin, partial_dir, plan, options, about)
         except TlearnError:
             shutil.rmtree(partial_dir)
             raise
@@ -91,19 +100,18 @@ def open_or_prepare(path: str | Path) -> Index:
 def prepare_cached(source: Path, options: Options) -> Index:
     """`prepare` into the cache, under a name that changes with the folder's files and the options."""
     if not source.is_dir():
-        raise TlearnError(f"data.path: {source}: no such folder; give a folder of class folders or prepared data")
-    fingerprint = listing_fingerprint(*list_images(source))
+        raise TlearnError(
+            f"data.path: {source}: no such folder; give a folder of class folders, or what `tlearn prepare` made"
+        )
+    fingerprint = open_origin(source).listing().fingerprint()
     digest = hashlib.sha256(json.dumps([str(source.resolve()), fingerprint, asdict(options)]).encode()).hexdigest()
     cache = Path(os.environ.get("TLEARN_CACHE") or "~/.cache/tlearn").expanduser()
     return prepare(source, cache / "prepared" / f"{source.resolve().name}-{digest[:12]}", options)
 
 
-def _nothing_found(source: Path, stray: dict[str, str]) -> str:
-    layout = "expected one sub-folder of images per class (FOLDER/cat/1.jpg, FOLDER/dog/2.jpg)"
-    if not stray:
-        return f"{source}: the folder is empty; {layout}"
-    file, reason = next(iter(stray.items()))
-    return f"{source}: {len(stray)} files but none in a class folder (first: {file}: {reason}); {layout}"
+def comes_split(source: Path) -> bool:
+    """Whether a folder says which of its images are held out."""
+    return any(f.split for f in open_origin(source).listing().found)
 
 
 @contextmanager
@@ -149,7 +157,7 @@ def _already_there(out: Path, about: dict[str, Any]) -> Index | None:
     return index
 
 
-def _write(source: Path, root: Path, plan: Plan, options: Options, about: dict[str, Any]) -> None:
+def _write(origin: Origin, root: Path, plan: Plan, options: Options, about: dict[str, Any]) -> None:
     classes = {name: i for i, name in enumerate(plan.classes)}
     splits = {}
     with progress_bar("writing shards", total=len(plan.accepted)) as advance:
@@ -161,9 +169,10 @@ def _write(source: Path, root: Path, plan: Plan, options: Options, about: dict[s
                 continue
 
             def samples(members: list[Accepted] = members) -> Iterator[Sample]:
-                read = partial(_content, source, options.max_side)
+                read = partial(_content, origin, options.max_side)
                 # reading alone gains nothing from more processes, scaling down does
-                contents = map(read, members) if options.max_side is None else on_all_cores(read, members)
+                alone = origin.whole or options.max_side is None
+                contents = map(read, members) if alone else on_all_cores(read, members)
                 for a, (ending, data) in zip(members, contents, strict=True):
                     advance()
                     yield Sample(a.key, ending, data, classes[a.class_name], a.class_name, a.file)
@@ -173,11 +182,11 @@ def _write(source: Path, root: Path, plan: Plan, options: Options, about: dict[s
     write_index(root, plan.classes, splits, {**_statistics(plan), **about, "leaks": len(plan.leaks)})
 
 
-def _content(source: Path, max_side: int | None, a: Accepted) -> tuple[str, bytes]:
+def _content(origin: Origin, max_side: int | None, a: Accepted) -> tuple[str, bytes]:
     """The bytes that go into the shard: the file's own, unless it is larger than `max_side` px."""
-    data = (source / a.file).read_bytes()
+    data = origin.read(a.found)
     if hashlib.sha256(data).hexdigest() != a.image.sha256:
-        raise TlearnError(f"{source / a.file}: changed while it was being prepared; start again")
+        raise TlearnError(f"{origin.name}: {a.file}: changed while it was being prepared; start again")
     side = max(a.image.width, a.image.height)
     if max_side is None or side <= max_side:
         return a.image.ending, data

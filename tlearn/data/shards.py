@@ -65,7 +65,7 @@ class Split:
     shards: tuple[Shard, ...]
     rows: npt.NDArray[Any]
     """Structured array of SAMPLE, ordered by shard."""
-    _files: _OpenFiles = field(default_factory=lambda: _OpenFiles(), repr=False, compare=False)
+    _files: OpenFiles = field(default_factory=lambda: OpenFiles(), repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -120,7 +120,7 @@ class Index:
     """index.json as it is."""
 
 
-class _OpenFiles:
+class OpenFiles:
     """File descriptors of recently read shards. A forked or unpickled copy may share or reopen them safely."""
 
     LIMIT = 64
@@ -129,6 +129,7 @@ class _OpenFiles:
         self._open: OrderedDict[Path, int] = OrderedDict()
 
     def descriptor(self, path: Path) -> int:
+        """To read from."""
         if path not in self._open:
             if len(self._open) >= self.LIMIT:
                 os.close(self._open.popitem(last=False)[1])
@@ -136,8 +137,8 @@ class _OpenFiles:
         self._open.move_to_end(path)
         return self._open[path]
 
-    def __reduce__(self) -> tuple[type[_OpenFiles], tuple[()]]:
-        return _OpenFiles, ()
+    def __reduce__(self) -> tuple[type[OpenFiles], tuple[()]]:
+        return OpenFiles, ()
 
     def __del__(self) -> None:
         for descriptor in self._open.values():

@@ -8,22 +8,21 @@ validation sample exactly once.
 from __future__ import annotations
 
 import hashlib
-import tarfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from tlearn.data.decode import FORMATS, UnreadableImageError
+from tlearn.data.decode import UnreadableImageError
 from tlearn.data.loader import Batch, Fetcher, Positions, Share, Transform, grouped, to_batch
 from tlearn.data.order import batch_range, mix, permutation, steps_per_epoch
+from tlearn.data.tars import IMAGE_ENDINGS, expand, samples
 from tlearn.data.transforms import Preprocessing, normalise
 from tlearn.errors import TlearnError
 
@@ -33,8 +32,6 @@ GIVEN_UP = (
 )
 SHUFFLED = 1000
 """Samples in the buffer from which the next one is drawn."""
-
-_ENDINGS = (*sorted(set(FORMATS.values())), "jpeg")
 
 
 class Encoded(NamedTuple):
@@ -60,50 +57,28 @@ class Shards:
             TlearnError: a shard that cannot be read, a sample without image or class.
         """
         for url in (self.urls[i] for i in numbers):
-            for sample in _samples(url):
+            for sample in samples(url):
                 yield self._encoded(f"{url}: sample {sample['__key__']}", sample)
 
     def _encoded(self, where: str, sample: dict[str, Any]) -> Encoded:
-        image = next((sample[ending] for ending in _ENDINGS if ending in sample), None)
+        image = next((sample[ending] for ending in IMAGE_ENDINGS if ending in sample), None)
         label = sample.get("cls", b"").strip()
         if image is None or not label.isdigit():
-            raise TlearnError(f"{where}: needs an image (.{', .'.join(_ENDINGS)}) and the number of its class in .cls")
+            raise TlearnError(
+                f"{where}: needs an image (.{', .'.join(IMAGE_ENDINGS)}) and the number of its class in .cls"
+            )
         if int(label) >= self.classes:
             raise TlearnError(f"{where}: class {int(label)}, but data.stream.classes names {self.classes}")
         return Encoded(image, int(label), int.from_bytes(hashlib.sha256(where.encode()).digest()[:8]), where)
 
 
-def _samples(url: str) -> Iterator[dict[str, Any]]:
-    """What `wds.WebDataset` makes of a shard, by its own parts; unlike there, the file is closed at the end."""
-    from webdataset.gopen import gopen  # its import takes a second, and the indexed reader does not need it
-    from webdataset.tariterators import group_by_keys, tar_file_iterator
-
-    stream = gopen(url)
-    try:
-        yield from group_by_keys({**member, "__url__": url} for member in tar_file_iterator(stream))
-        stream.close()  # the end of a program that failed shows here
-    except ValueError as error:  # of webdataset: a name that stands there twice
-        raise TlearnError(f"{url}: cannot be read: {error.args[0]}") from None
-    except (OSError, tarfile.TarError) as error:
-        raise TlearnError(f"{url}: cannot be read: {error}") from None
-    finally:
-        with suppress(OSError):
-            stream.close()
-
-
 def open_shards(pattern: str, classes: int) -> Shards:
-    """`x-{000000..000127}.tar`: 128 files or URLs; `pipe:COMMAND` and http URLs as webdataset takes them.
+    """The shards of a pattern, as `tars.expand` takes it.
 
     Raises:
         TlearnError: a file that does not exist.
     """
-    from webdataset.shardlists import expand_urls
-
-    urls = tuple(expand_urls(pattern))
-    for url in urls:
-        if ":" not in url and not Path(url).is_file():
-            raise TlearnError(f"data: {url}: no such shard (of {pattern!r})")
-    return Shards(urls, classes)
+    return Shards(tuple(expand(pattern)), classes)
 
 
 class StreamLoader:
