@@ -9,10 +9,8 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import sys
 from enum import StrEnum
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -103,6 +101,7 @@ def train(
 ) -> None:
     """Train and evaluate a classifier. Without CONFIG, --run RUN goes on with the run in RUN."""
     from tlearn.configfile import load_config
+    from tlearn.launch import in_processes
 
     file, overrides = _recipe(config, run)
     if run is None and resume is ResumeMode.must:
@@ -112,7 +111,7 @@ def train(
         from tlearn.data.prepare import open_or_prepare
 
         open_or_prepare(parsed.data.path)  # here, where its progress is seen, before there are several processes
-    _in_processes("tlearn.run:train", nproc, parsed, run, resume.value, override)
+    in_processes("tlearn.run:train", nproc, parsed, run, resume.value, override)
 
 
 @app.command()
@@ -169,6 +168,7 @@ def doctor(
 ) -> None:
     """Show what the processes of a run see, test that they reach each other, and say what is wrong."""
     from tlearn.console import print_result
+    from tlearn.launch import in_processes
 
     if slurm and nproc is not None:
         raise TlearnError("--nproc: has no effect with --slurm; the profile says how many processes there are")
@@ -180,7 +180,7 @@ def doctor(
 
         report = examined(load_profile(profile) if profile is not None else Profile(), run or Path("runs"))
     else:
-        report = _in_processes("tlearn.doctor:examine", nproc, run)
+        report = in_processes("tlearn.doctor:examine", nproc, run)
     if int(os.environ.get("RANK") or 0) > 0:
         return
     if as_json:
@@ -342,32 +342,6 @@ def _recipe(arguments: list[str] | None, run: Path | None) -> tuple[Path | None,
     if names_data:
         return None, overrides
     raise TlearnError(f"{run}: holds no run to go on with; to begin one, name its images: data.path=FOLDER")
-
-
-def _in_processes(function: str, nproc: int | None, *arguments: Any) -> Any:
-    """What `module:function` returns here, or on rank 0 of `nproc` processes."""
-    launched = os.environ.get("WORLD_SIZE")
-    if nproc is not None and launched not in (None, str(nproc)):
-        raise TlearnError(f"--nproc {nproc}: the launcher has started {launched} processes; make the two numbers equal")
-    if nproc is not None and nproc > 1 and launched is None:
-        from tlearn.launch import run_ranks
-
-        return run_ranks(call, (function, *arguments), nproc)[0]
-    try:
-        result = call(function, *arguments)
-    except KeyboardInterrupt:  # the second one: not even a write that is under way is waited for
-        os._exit(128 + signal.SIGINT)
-    if launched is not None:
-        from tlearn.runtime import leave
-
-        leave()
-    return result
-
-
-def call(function: str, *arguments: Any) -> Any:
-    """Import `module:function` and call it. By name, so that this process need not import what only ranks use."""
-    module, _, name = function.partition(":")
-    return getattr(import_module(module), name)(*arguments)
 
 
 def _print_json(document: Any) -> None:
