@@ -295,6 +295,30 @@ def probe(
 
 
 @app.command()
+def compare(
+    recipes: Annotated[list[str], typer.Argument(help="CONFIG.yaml CONFIG.yaml ... [a.b=c ...]", show_default=False)],
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of every recipe, with seeds 0, 1, ...")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder of the runs and the table.")] = Path("runs/compare"),
+    nproc: Annotated[int, typer.Option(min=1, help="Processes of each run.")] = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train recipes on the same images with the same seeds, one run at a time; one table. Exit code 1: a run failed."""
+    from tlearn.compare import compare as run
+    from tlearn.comparison import comparison_table
+    from tlearn.console import print_result
+
+    files, overrides = _files_and_options(recipes)
+    report = run(files, overrides, out, seeds=seeds, nproc=nproc)
+    if as_json:
+        _print_json(report)
+    else:
+        print_result(comparison_table(report["recipes"]))
+        print_result("\n".join(report["notes"]))
+    if report["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def drill(
     config: Annotated[list[str] | None, typer.Argument(help="[CONFIG.yaml] [a.b=c ...]", show_default=False)] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes of the run.")] = 1,
@@ -318,12 +342,18 @@ def drill(
         raise typer.Exit(1)
 
 
+def _files_and_options(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """[CONFIG.yaml ...] [a.b=c ...] in any order."""
+    files = [a for a in arguments if "=" not in a.partition("/")[0]]
+    return [Path(file) for file in files], [a for a in arguments if a not in files]
+
+
 def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
     """[CONFIG.yaml] [a.b=c ...] in any order."""
-    files = [a for a in arguments if "=" not in a.partition("/")[0]]
+    files, options = _files_and_options(arguments)
     if len(files) > 1:
-        raise TlearnError(f"one config file at most, got {', '.join(files)}; options are written a.b=c")
-    return Path(files[0]) if files else None, [a for a in arguments if a not in files]
+        raise TlearnError(f"one config file at most, got {', '.join(map(str, files))}; options are written a.b=c")
+    return files[0] if files else None, options
 
 
 def _recipe(arguments: list[str] | None, run: Path | None) -> tuple[Path | None, list[str]]:
