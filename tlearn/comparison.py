@@ -205,7 +205,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     p = trained[0]["last"]["mean"]
     early = " or ".join(map(str, sorted({row["early_epochs"] for row in trained})))
     lines = [
-        f"Val top-1 in %, mean ± standard error over the seeds. early: after {early} epochs; last: chosen on nothing; "
+        f"Val top-1 in %, mean ± standard error over the seeds. early: after epoch {early}; last: chosen on nothing; "
         "best: of the epoch chosen on the same val images, so a little too good. Test is scored once, with that epoch.",
         f"{n:,} val images: with others every number would be another by about "
         f"{100 * math.sqrt(p * (1 - p) / n):.1f} points (its standard error), and differences by somewhat less.",
