@@ -156,6 +156,7 @@ LIGHT = (
     "tlearn.config",
     "tlearn.configfile",
     "tlearn.cli",
+    "tlearn.compare",
     "tlearn.stages",
     "tlearn.data.prepare",
     "tlearn.errors",

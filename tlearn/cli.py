@@ -9,10 +9,8 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import sys
 from enum import StrEnum
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,6 +104,7 @@ def train(
 ) -> None:
     """Train and evaluate a classifier. Without CONFIG, --run RUN goes on with the run in RUN."""
     from tlearn.configfile import load_config
+    from tlearn.launch import in_processes
 
     file, overrides = _recipe(config, run)
     if run is None and resume is ResumeMode.must:
@@ -115,7 +114,7 @@ def train(
         from tlearn.data.prepare import open_or_prepare
 
         open_or_prepare(parsed.data.path)  # here, where its progress is seen, before there are several processes
-    _in_processes("tlearn.run:train", nproc, parsed, run, resume.value, override)
+    in_processes("tlearn.run:train", nproc, parsed, run, resume.value, override)
 
 
 @app.command()
@@ -172,6 +171,7 @@ def doctor(
 ) -> None:
     """Show what the processes of a run see, test that they reach each other, and say what is wrong."""
     from tlearn.console import print_result
+    from tlearn.launch import in_processes
 
     if slurm and nproc is not None:
         raise TlearnError("--nproc: has no effect with --slurm; the profile says how many processes there are")
@@ -183,7 +183,7 @@ def doctor(
 
         report = examined(load_profile(profile) if profile is not None else Profile(), run or Path("runs"))
     else:
-        report = _in_processes("tlearn.doctor:examine", nproc, run)
+        report = in_processes("tlearn.doctor:examine", nproc, run)
     if int(os.environ.get("RANK") or 0) > 0:
         return
     if as_json:
@@ -301,6 +301,30 @@ def probe(
 
 
 @app.command()
+def compare(
+    recipes: Annotated[list[str], typer.Argument(help="CONFIG.yaml CONFIG.yaml ... [a.b=c ...]", show_default=False)],
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of every recipe, with seeds 0, 1, ...")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder of the runs and the table.")] = Path("runs/compare"),
+    nproc: Annotated[int, typer.Option(min=1, help="Processes of each run.")] = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train recipes on the same images with the same seeds, one run at a time; one table. Exit code 1: a run failed."""
+    from tlearn.compare import compare as run
+    from tlearn.comparison import comparison_table
+    from tlearn.console import print_result
+
+    files, overrides = _files_and_options(recipes)
+    report = run(files, overrides, out, seeds=seeds, nproc=nproc)
+    if as_json:
+        _print_json(report)
+    else:
+        print_result(comparison_table(report["recipes"]))
+        print_result("\n".join(report["notes"]))
+    if report["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def drill(
     config: Annotated[list[str] | None, typer.Argument(help="[CONFIG.yaml] [a.b=c ...]", show_default=False)] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes of the run.")] = 1,
@@ -324,12 +348,18 @@ def drill(
         raise typer.Exit(1)
 
 
+def _files_and_options(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """[CONFIG.yaml ...] [a.b=c ...] in any order."""
+    files = [a for a in arguments if "=" not in a.partition("/")[0]]
+    return [Path(file) for file in files], [a for a in arguments if a not in files]
+
+
 def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
     """[CONFIG.yaml] [a.b=c ...] in any order."""
-    files = [a for a in arguments if "=" not in a.partition("/")[0]]
+    files, options = _files_and_options(arguments)
     if len(files) > 1:
-        raise TlearnError(f"one config file at most, got {', '.join(files)}; options are written a.b=c")
-    return Path(files[0]) if files else None, [a for a in arguments if a not in files]
+        raise TlearnError(f"one config file at most, got {', '.join(map(str, files))}; options are written a.b=c")
+    return files[0] if files else None, options
 
 
 def _recipe(arguments: list[str] | None, run: Path | None) -> tuple[Path | None, list[str]]:
@@ -348,32 +378,6 @@ def _recipe(arguments: list[str] | None, run: Path | None) -> tuple[Path | None,
     if names_data:
         return None, overrides
     raise TlearnError(f"{run}: holds no run to go on with; to begin one, name its images: data.path=FOLDER")
-
-
-def _in_processes(function: str, nproc: int | None, *arguments: Any) -> Any:
-    """What `module:function` returns here, or on rank 0 of `nproc` processes."""
-    launched = os.environ.get("WORLD_SIZE")
-    if nproc is not None and launched not in (None, str(nproc)):
-        raise TlearnError(f"--nproc {nproc}: the launcher has started {launched} processes; make the two numbers equal")
-    if nproc is not None and nproc > 1 and launched is None:
-        from tlearn.launch import run_ranks
-
-        return run_ranks(call, (function, *arguments), nproc)[0]
-    try:
-        result = call(function, *arguments)
-    except KeyboardInterrupt:  # the second one: not even a write that is under way is waited for
-        os._exit(128 + signal.SIGINT)
-    if launched is not None:
-        from tlearn.runtime import leave
-
-        leave()
-    return result
-
-
-def call(function: str, *arguments: Any) -> Any:
-    """Import `module:function` and call it. By name, so that this process need not import what only ranks use."""
-    module, _, name = function.partition(":")
-    return getattr(import_module(module), name)(*arguments)
 
 
 def _print_json(document: Any) -> None:

@@ -16,12 +16,13 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from importlib import import_module
 from multiprocessing import connection
 from types import FrameType
 from typing import Any, NamedTuple
 
 from tlearn.data.workers import available_cores, end_with_parent, main_hidden
-from tlearn.errors import EXPECTED, RankFailedError, StoppedBySignalError, refused
+from tlearn.errors import EXPECTED, RankFailedError, StoppedBySignalError, TlearnError, refused
 from tlearn.rendezvous import LOOPBACK
 from tlearn.signals import Handler, StopFlag, handled_by, stop
 
@@ -204,3 +205,27 @@ def _free_port() -> int:
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+
+
+def in_processes(function: str, nproc: int | None, *arguments: Any) -> Any:
+    """What `module:function` returns here, or on rank 0 of `nproc` processes."""
+    launched = os.environ.get("WORLD_SIZE")
+    if nproc is not None and launched not in (None, str(nproc)):
+        raise TlearnError(f"--nproc {nproc}: the launcher has started {launched} processes; make the two numbers equal")
+    if nproc is not None and nproc > 1 and launched is None:
+        return run_ranks(call, (function, *arguments), nproc)[0]
+    try:
+        result = call(function, *arguments)
+    except KeyboardInterrupt:  # the second one: not even a write that is under way is waited for
+        os._exit(128 + signal.SIGINT)
+    if launched is not None:
+        from tlearn.runtime import leave
+
+        leave()
+    return result
+
+
+def call(function: str, *arguments: Any) -> Any:
+    """Import `module:function` and call it. By name, so that this process need not import what only ranks use."""
+    module, _, name = function.partition(":")
+    return getattr(import_module(module), name)(*arguments)

@@ -240,6 +240,7 @@ def _result(run: Run, source: Source) -> dict[str, Any]:
         "overridden": progress.overridden,
         "seconds": round(progress.seconds, 3),
         "train_images_per_s": round(progress.samples / progress.seconds, 2),
+        "peak_device_mib": runtime.peak_device_mib(),
         **run.saver.cost.account(),
         "backbone": run.model.backbone,
         "weights": run.model.weights,

@@ -188,6 +188,12 @@ class Runtime:
 
         return read
 
+    def peak_device_mib(self) -> float | None:
+        """The most that tensors of this process have filled of its accelerator's memory, MiB; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        return round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1)
+
     def environment(self) -> dict[str, Any]:
         """environment.json: versions, machine, devices; no variables, no paths."""
         return {
