@@ -51,7 +51,7 @@ PACKAGES = {
         "stream",
         "source",
     ),
-    "models": ("weights", "backbones", "build", "cut"),
+    "models": ("weights", "reach", "backbones", "build", "cut"),
 }
 """Modules of a package from the bottom up: each imports only those before it."""
 
@@ -145,6 +145,8 @@ LIGHT = (
     "tlearn.configfile",
     "tlearn.cli",
     "tlearn.stages",
+    "tlearn.planner",
+    "tlearn.advice",
     "tlearn.data.prepare",
     "tlearn.errors",
 )

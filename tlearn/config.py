@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-StrategyName = Literal["feature_extraction", "partial", "full", "staged", "progressive", "scratch"]
+StrategyName = Literal["feature_extraction", "partial", "full", "staged", "progressive", "scratch", "auto"]
 Pair = Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists only
 Rule = Annotated[tuple[str, Annotated[float, Field(ge=0)]], Field(strict=False)]
 Epochs = Annotated[int, Field(ge=1, le=10**6)]
@@ -300,7 +300,8 @@ class Config(Section):
     model: Model = Model()
     """The backbone and the weights it starts from."""
     strategy: StrategyName = "staged"
-    """A named list of stages (tlearn/stages.py); only a label where `stages` are listed."""
+    """A named list of stages (tlearn/stages.py); only a label where `stages` are listed. auto: what `tlearn plan` would
+    choose, backbone, sizes and stages, around the options that are set (tlearn/planner.py)."""
     stages: list[Stage] | None = Field(None, min_length=1)
     """The stages themselves, in place of a named strategy's."""
     epochs: Epochs = 12
