@@ -3,8 +3,8 @@
     python benchmarks/strategies.py [--sets tux10 openclipart10] [--seeds 2] [WORK_FOLDER]
 
 EfficientNet-Lite0 with ImageNet weights at 128 px; as many epochs for every recipe; frozen layers are stored.
-Val top-1 of the best epoch (chosen on val) and of the last one (chosen on nothing), and macro F1 of the best. About 7
-minutes for tux10 with two seeds, 7 for one seed of openclipart10, on 2 cores. A run that was finished is not repeated.
+Val top-1 of the best epoch (chosen on val) and of the last one (chosen on nothing), and macro F1 of the best.
+A run that was finished is not repeated. On 2 idle cores a seed of tux10 takes about 3 minutes.
 """
 
 from __future__ import annotations

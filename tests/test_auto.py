@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def test_a_plan_says_what_it_rests_on_and_can_be_trained_from(
     planned = load_config(file)
     assert sum(stage.epochs for stage in planned.stages or []) == 2
     assert planned.data.image_size == 32
+    assert load_config(None, shlex.split(report["command"])[2:]) == planned
 
 
 def test_weights_out_of_reach_are_said_and_those_of_a_package_taken(

@@ -88,8 +88,8 @@ def decided(config: Config, folder: RunFolder, runtime: Runtime) -> tuple[Config
 def recipe_of(config: Config, plan: Plan) -> Options:
     """What `tlearn train` needs to train as planned, without planning again: what was given and what was chosen."""
     options = given_options(completed(config, plan.options))
-    options.pop("strategy", None)
-    return options
+    # what says how to make stages has no effect beside stages
+    return {name: value for name, value in options.items() if name not in ("strategy", "epochs")}
 
 
 def document(config: Config, plan: Plan) -> dict[str, Any]:
