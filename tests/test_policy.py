@@ -62,7 +62,7 @@ PACKAGES = {
         "pairs",
         "source",
     ),
-    "models": ("weights", "backbones", "build", "cut"),
+    "models": ("weights", "reach", "backbones", "build", "cut"),
 }
 """Modules of a package from the bottom up: each imports only those before it."""
 
@@ -158,6 +158,8 @@ LIGHT = (
     "tlearn.cli",
     "tlearn.compare",
     "tlearn.stages",
+    "tlearn.planner",
+    "tlearn.advice",
     "tlearn.data.prepare",
     "tlearn.errors",
 )

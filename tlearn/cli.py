@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tlearn import __version__
+from tlearn import __version__, cli_plan
 from tlearn.errors import EXPECTED, TlearnError, refused
 from tlearn.rendezvous import resolved
 from tlearn.signals import handled_by, stop
@@ -28,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(cli_plan.commands)
 
 
 class ResumeMode(StrEnum):

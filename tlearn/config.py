@@ -11,7 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from tlearn.dataconfig import Data, Section
 
-StrategyName = Literal["feature_extraction", "partial", "full", "staged", "progressive", "scratch"]
+StrategyName = Literal["feature_extraction", "partial", "full", "staged", "progressive", "scratch", "auto"]
 Rule = Annotated[tuple[str, Annotated[float, Field(ge=0)]], Field(strict=False)]
 Epochs = Annotated[int, Field(ge=1, le=10**6)]
 Duration = Annotated[float, Field(gt=0)] | Annotated[str, Field(pattern=r"^(100|[1-9]\d?(\.\d+)?|0\.\d*[1-9]\d*)%$")]
@@ -276,7 +276,8 @@ class Config(Section):
     model: Model = Model()
     """The backbone and the weights it starts from."""
     strategy: StrategyName = "staged"
-    """A named list of stages (tlearn/stages.py); only a label where `stages` are listed."""
+    """A named list of stages (tlearn/stages.py); only a label where `stages` are listed. auto: what `tlearn plan` would
+    choose, backbone, sizes and stages, around the options that are set (tlearn/planner.py)."""
     stages: list[Stage] | None = Field(None, min_length=1)
     """The stages themselves, in place of a named strategy's."""
     epochs: Epochs = 12

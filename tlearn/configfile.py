@@ -131,6 +131,53 @@ def dump_config(config: Config) -> str:
     return text
 
 
+def dump_options(options: dict[str, Any]) -> str:
+    """YAML of some options, short lists and groups in a line each."""
+    text: str = yaml.dump(
+        options, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=116, default_flow_style=None
+    )
+    return text
+
+
+def as_overrides(options: dict[str, Any]) -> list[str]:
+    """The same as `a.b=c`."""
+    return [f"{key}={_in_a_line(value)}" for key, value in _options(options)]
+
+
+def _options(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in options.items():
+        if isinstance(value, dict) and value:
+            yield from _options(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _in_a_line(value: Any) -> str:
+    text: str = yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9, default_flow_style=True
+    )
+    return text.removesuffix("...\n").strip()
+
+
+def given_options(config: Config) -> dict[str, Any]:
+    """Options that somebody has set, nested; not those that are at their defaults."""
+    return config.model_dump(mode="json", exclude_unset=True)
+
+
+def completed(config: Config, options: dict[str, Any]) -> Config:
+    """The config with options that nobody has set."""
+    return Config.model_validate(_over(options, given_options(config)))
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both; where both hold a value, `above`."""
+    merged = below | above
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = _over(below[key], above[key])
+    return merged
+
+
 def differing_keys(old: Config, new: Config) -> list[str]:
     """Dotted paths at which two configs differ, as `a.b: old -> new`."""
     before, after = (dict(_leaves(config.model_dump(mode="json"))) for config in (old, new))

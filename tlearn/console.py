@@ -35,6 +35,11 @@ def close_log() -> None:
 def show(message: RenderableType) -> None:
     """Print a line of text (no markup) or a table."""
     _console.print(message, markup=False, soft_wrap=isinstance(message, str))
+    note(message)
+
+
+def note(message: RenderableType) -> None:
+    """Write to the log only."""
     if _log is not None:
         plain = Console(file=io.StringIO(), width=120, highlight=False)
         plain.print(message, markup=False, soft_wrap=isinstance(message, str))

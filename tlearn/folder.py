@@ -1,6 +1,7 @@
 """The run folder: a record of one run from which it can be repeated, resumed and used.
 
 config.yaml       expanded; `tlearn train RUN/config.yaml` runs it again
+plan.json         of `strategy: auto`: what was chosen, and why
 environment.json  versions, machine, devices
 metrics.jsonl     one object per step, epoch and stage
 result.json       final scores of the best weights
@@ -12,6 +13,7 @@ best/             model.safetensors and model.json: what `load` needs; top-2.saf
 from __future__ import annotations
 
 import fcntl
+import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +27,7 @@ from tlearn.errors import TlearnError
 from tlearn.files import new_run, write_json, write_text
 from tlearn.models.backbones import full_name
 from tlearn.models.build import Card, Model
+from tlearn.planner import Plan, Reason
 
 Resume = Literal["auto", "never", "must"]
 
@@ -60,6 +63,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
+        self.plan = path / "plan.json"
         self.checkpoints = path / "checkpoints"
         self.best = path / "best" / "model.safetensors"
         self.card = path / "best" / "model.json"
@@ -99,6 +103,23 @@ class RunFolder:
         if resume == "must" and found is None:
             raise TlearnError(f"{self.path}: no checkpoint to resume from")
         return found
+
+    def recorded_plan(self) -> Plan | None:
+        """What `strategy: auto` has chosen for the run in this folder; None: there is no run yet.
+
+        Raises:
+            TlearnError: it was begun in another way, or the file is damaged.
+        """
+        if not self.config.exists():
+            return None
+        try:
+            plan = json.loads(self.plan.read_text(encoding="utf-8"))
+            return Plan(plan["options"], [Reason(**reason) for reason in plan["reasons"]])
+        except FileNotFoundError:
+            reason = "holds a run that was not begun with strategy=auto"
+        except (ValueError, LookupError, TypeError) as error:
+            reason = f"its plan.json is damaged ({error})"
+        raise TlearnError(f"{self.path}: {reason}; go on with: tlearn train --run {self.path}")
 
     def recorded_model(self, config: Config, found: Path | None) -> Card | None:
         """What is known of the model that the checkpoint holds; None: there is none, or the config names another.
@@ -146,11 +167,13 @@ class RunFolder:
         asked: str,
         classes: tuple[str, ...],
         fingerprint: str,
+        plan: Plan | None,
     ) -> None:
         """Make the folder and record what the run is made of; from here on what is shown is logged too.
 
         Args:
             asked: for which weights, before a tag was known.
+            plan: what `strategy: auto` has chosen.
 
         Raises:
             TlearnError: another process has made one here meanwhile.
@@ -163,6 +186,8 @@ class RunFolder:
             raise TlearnError(f"{self.path}: another process began a run here meanwhile; choose another --run")
         write_json(self.card, asdict(card))
         write_json(self.path / "environment.json", environment)
+        if plan is not None:
+            write_json(self.plan, {"options": plan.options, "reasons": [reason._asdict() for reason in plan.reasons]})
         write_text(self.config, f"# tlearn train {self.config} --run NEW   runs this again\n{dump_config(config)}")
         console.configure(log=self.log)
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tlearn import checkpoint
+from tlearn.auto import decided
 from tlearn.checkpoint import Progress
 from tlearn.config import Config
-from tlearn.console import show
+from tlearn.console import note, show
 from tlearn.data.loader import Share
 from tlearn.data.source import Source, open_source
 from tlearn.engine import Run, run_stage
@@ -28,7 +29,7 @@ from tlearn.runtime import Runtime
 from tlearn.saver import Saver
 from tlearn.signals import handled_by
 from tlearn.stages import expand, filled, resolve
-from tlearn.tables import show_result, show_stages
+from tlearn.tables import plan_table, show_result, show_stages
 from tlearn.tracking import Tracker
 
 
@@ -55,6 +56,7 @@ def train(
     place = runtime.on_main(lambda: RunFolder.named(folder, config))
     with closing(place):
         found = runtime.on_main(lambda: place.newest_checkpoint(resume))
+        config, made = decided(config, place, runtime)
         card = runtime.on_main(lambda: place.recorded_model(config, found))
         _check_names(config, runtime, card)
         source = open_source(config)
@@ -91,9 +93,11 @@ def train(
         if restored and changes:  # before config.yaml names what no checkpoint knows
             state = restored._replace(progress=progress)
             found = runtime.on_main(lambda: checkpoint.save(place.checkpoints, state, config.keep.checkpoints, found))
-        runtime.on_main(lambda: place.open(config, environment, model, asked, source.classes, source.fingerprint))
+        runtime.on_main(lambda: place.open(config, environment, model, asked, source.classes, source.fingerprint, made))
         run = _run(config, runtime, place, found, source, share, model, objective, progress)
         _introduce(run, source)
+        if made is not None:
+            show(plan_table(made))
         show_stages(stages, plan, sizes)
 
         with run.tracker, run.saver, closing(run.val_loader), _stopped_in(run), handled_by(runtime.stop.set):
@@ -116,7 +120,7 @@ def train(
 
 @contextmanager
 def _stopped_in(run: Run) -> Iterator[None]:
-    """Where a run can be stopped with everything saved: says how to go on."""
+    """Where a run can be stopped with everything saved: says how to go on. What else ends it is noted in its log."""
     try:
         yield
     except StoppedBySignalError as stopped:
@@ -124,6 +128,9 @@ def _stopped_in(run: Run) -> Iterator[None]:
         raise StoppedBySignalError(
             f"{stopped}, everything is saved; go on with: tlearn train --run {run.folder.path}", stopped.signal
         ) from None
+    except Exception as error:
+        note(f"ended by {type(error).__name__}: {error}")
+        raise
 
 
 def _run(

@@ -79,7 +79,16 @@ def _share(epochs: int, parts: int) -> list[int]:
 
 
 def expand(config: Config) -> Config:
-    """The config with its stages listed."""
+    """The config with its stages listed.
+
+    Raises:
+        TlearnError: `strategy: auto`, which needs the images.
+    """
+    if config.stages is None and config.strategy == "auto":
+        raise TlearnError(
+            "strategy = 'auto': its stages are not known before the images are looked at; `tlearn train` does, and "
+            f"`tlearn plan {config.data.path}` prints them"
+        )
     return config.model_copy(update={"stages": config.stages or STRATEGIES[config.strategy](config.epochs)})
 
 

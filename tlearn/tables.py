@@ -8,8 +8,10 @@ from typing import Any
 
 from rich.table import Table
 
+from tlearn.advice import Advice
 from tlearn.config import Stage
 from tlearn.console import show
+from tlearn.planner import Plan
 
 
 def show_stages(stages: Sequence[Stage], plan: Sequence[Mapping[str, float]], sizes: Mapping[str, int]) -> None:
@@ -86,6 +88,22 @@ def probe_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{low:.1%} to {high:.1%}",
             f"{row['seconds']:.1f}",
         )
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """One row a choice."""
+    table = _table("plan", "what", "value", "why")
+    for reason in plan.reasons:
+        table.add_row(*reason)
+    return table
+
+
+def advice_table(advice: Sequence[Advice]) -> Table:
+    """One row an advice."""
+    table = _table("advice", "seen", "in numbers", "what to set")
+    for row in advice:
+        table.add_row(*row)
     return table
 
 

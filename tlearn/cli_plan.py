@@ -1,0 +1,64 @@
+"""The commands around a training: `plan` before it, `advise` after it. cli.py takes them in."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+commands = typer.Typer()
+
+
+class Needs(StrEnum):
+    """What matters besides accuracy."""
+
+    any = "any"
+    speed = "speed"
+    detail = "detail"
+
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+
+
+@commands.command()
+def plan(
+    data: Annotated[Path, typer.Argument(help="Prepared data, or a folder of class folders.")],
+    options: Annotated[list[str] | None, typer.Argument(help="[a.b=c ...] to plan around.", show_default=False)] = None,
+    need: Annotated[Needs, typer.Option(help="Little time per image, or fine detail.")] = Needs.any,
+    as_json: JsonFlag = False,
+) -> None:
+    """Look at images and machine; print which backbone, stages, image size and batch to train, and why."""
+    from tlearn.auto import document, make_plan
+    from tlearn.configfile import dump_options, load_config
+    from tlearn.console import print_result
+    from tlearn.tables import plan_table
+
+    config = load_config(None, [f"data.path={data}", *(options or [])])
+    made = make_plan(config, need.value)
+    report = document(config, made)
+    if as_json:
+        typer.echo(json.dumps(report, allow_nan=False))
+        return
+    print_result(plan_table(made))
+    typer.echo(f"\n# plan.yaml; tlearn train plan.yaml\n{dump_options(report['config'])}")
+    typer.echo(f"# or in one line:\n{report['command']}")
+
+
+@commands.command()
+def advise(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: JsonFlag = False) -> None:
+    """What to change after a run: its symptoms, in numbers, and the options to set."""
+    from tlearn.advice import advise as look
+    from tlearn.advice import read_run
+    from tlearn.console import print_result
+    from tlearn.tables import advice_table
+
+    found = look(read_run(run))
+    if as_json:
+        typer.echo(json.dumps([row._asdict() for row in found], allow_nan=False))
+    elif found:
+        print_result(advice_table(found))
+    else:
+        typer.echo("no symptom found")
