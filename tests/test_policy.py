@@ -51,7 +51,7 @@ PACKAGES = {
         "stream",
         "source",
     ),
-    "models": ("weights", "backbones", "build", "cut"),
+    "models": ("weights", "backbones", "hybrid", "stem", "attention", "build", "cut"),
 }
 """Modules of a package from the bottom up: each imports only those before it."""
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tlearn import checkpoint
-from tlearn.config import Config
+from tlearn.config import Config, Model
 from tlearn.configfile import load_config
 from tlearn.data.decode import UnreadableImageError
 from tlearn.data.loader import EVAL_IMAGES, Share, Steps, eval_loader
@@ -23,8 +23,7 @@ from tlearn.data.transforms import EvalTransform, Preprocessing, normalise
 from tlearn.errors import TlearnError
 from tlearn.evaluate import evaluate
 from tlearn.folder import RunFolder
-from tlearn.models.backbones import build_backbone
-from tlearn.models.build import Card, replace_head
+from tlearn.models.build import Card, assemble
 from tlearn.runtime import Runtime
 
 
@@ -160,8 +159,8 @@ def load(run: str | Path) -> Classifier:
     runtime = Runtime()
     # what was trained on another device can be used on this one
     runtime.set_precision("fp32" if runtime.unsupported(config.precision) else config.precision)
-    net = build_backbone(card.backbone, "random", card.preprocessing.size_px, 0.0).net
-    replace_head(net, len(card.classes))
+    options = Model(backbone=card.backbone, weights="random", stem=card.stem, attention=card.attention)
+    net = assemble(options, card.preprocessing.size_px, len(card.classes)).net
     net.load_state_dict(state)
     net.to(runtime.device, runtime.dtype, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     return Classifier(net, card.classes, card.preprocessing, runtime, config, card.data_fingerprint)

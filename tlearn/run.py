@@ -19,6 +19,7 @@ from tlearn.evaluate import evaluate
 from tlearn.features import Features, check_features
 from tlearn.files import write_json
 from tlearn.folder import Resume, RunFolder
+from tlearn.models.attention import check_attention
 from tlearn.models.backbones import full_name
 from tlearn.models.build import Card, Model, build_model
 from tlearn.models.weights import check_weights
@@ -69,6 +70,7 @@ def train(
         stages = filled(config)
         sizes = {name: parameter.numel() for name, parameter in model.net.named_parameters()}
         plan = [resolve(stage, list(sizes), model.head, model.blocks) for stage in stages]
+        check_attention(model.net, plan)
         for stage, multipliers in zip(stages, plan, strict=True):
             model.set_trainable(multipliers)
             share.check(source.sizes["train"], stage.name, model.smallest_batch)
