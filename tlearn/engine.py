@@ -22,7 +22,8 @@ from tlearn.evaluate import evaluate
 from tlearn.features import Inputs
 from tlearn.folder import RunFolder
 from tlearn.ledger import Ledger
-from tlearn.models.build import Mirrored, Model
+from tlearn.models.build import Model
+from tlearn.models.heads import Mirrored
 from tlearn.objectives import LossSum, Objective
 from tlearn.optim import (
     WeightAverage,

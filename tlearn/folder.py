@@ -15,7 +15,6 @@ from __future__ import annotations
 import fcntl
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -178,13 +177,16 @@ class RunFolder:
         Raises:
             TlearnError: another process has made one here meanwhile.
         """
-        card = Card(model.backbone, model.head, model.weights, asked, classes, fingerprint, model.preprocessing)
+        options = config.model.stem, config.model.attention
+        card = Card(
+            model.backbone, model.head, model.weights, asked, classes, fingerprint, model.preprocessing, *options
+        )
         self.card.parent.mkdir(parents=True, exist_ok=True)
         is_new = self._lock is None
         self.lock()
         if is_new and self.config.exists():
             raise TlearnError(f"{self.path}: another process began a run here meanwhile; choose another --run")
-        write_json(self.card, asdict(card))
+        write_json(self.card, card.content())
         write_json(self.path / "environment.json", environment)
         if plan is not None:
             write_json(self.plan, {"options": plan.options, "reasons": [reason._asdict() for reason in plan.reasons]})

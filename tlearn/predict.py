@@ -19,7 +19,7 @@ from tlearn.data.source import open_source
 from tlearn.data.transforms import EvalTransform, Preprocessing, normalise
 from tlearn.errors import TlearnError
 from tlearn.evaluate import evaluate
-from tlearn.models.build import Mirrored
+from tlearn.models.heads import Mirrored
 from tlearn.runtime import Runtime
 from tlearn.trained import load_trained
 

@@ -20,8 +20,9 @@ from tlearn.evaluate import evaluate
 from tlearn.features import Features, check_features
 from tlearn.files import write_json
 from tlearn.folder import Resume, RunFolder
+from tlearn.models.attention import check_attention
 from tlearn.models.backbones import full_name
-from tlearn.models.build import BESIDE, Card, Model, build_model
+from tlearn.models.build import ATTACHED, Card, Model, build_model
 from tlearn.models.weights import check_weights
 from tlearn.objectives import Objective, build_objective
 from tlearn.precision import choose_precision
@@ -71,9 +72,10 @@ def train(
         objective = build_objective(config.objective, model, source.classes, source.per_class)
         stages = filled(config)
         sizes = {name: parameter.numel() for name, parameter in model.net.named_parameters()}
-        beside = {name: 1.0 for name in sizes if name.startswith(f"{BESIDE}.")}
+        beside = {name: 1.0 for name in sizes if name.startswith(f"{ATTACHED}.")}
         own = [name for name in sizes if name not in beside]
         plan = [resolve(stage, own, model.head, model.blocks) | beside for stage in stages]
+        check_attention(model.net, plan)
         for stage, multipliers in zip(stages, plan, strict=True):
             model.set_trainable(multipliers)
             share.check(source.sizes["train"], stage.name, model.smallest_batch)

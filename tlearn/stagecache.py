@@ -172,6 +172,7 @@ class StageCache:
         return {
             "version": _VERSION,
             "backbone": self.model.backbone,
+            "stem": self.config.model.stem,
             "layer": self.cut.name,
             "shape": list(self.cut.shape),
             "weights": fingerprint(self.model),

@@ -8,12 +8,11 @@ from typing import NamedTuple
 from torch import nn
 
 from tlearn import checkpoint
-from tlearn.config import Config
+from tlearn.config import Config, Model
 from tlearn.configfile import load_config
 from tlearn.errors import TlearnError
 from tlearn.folder import RunFolder
-from tlearn.models.backbones import build_backbone
-from tlearn.models.build import Card, replace_head
+from tlearn.models.build import Card, assemble
 
 
 class Trained(NamedTuple):
@@ -39,7 +38,8 @@ def load_trained(run: Path) -> Trained:
     state, _ = checkpoint.load_best(folder.best)
     card = Card.read(folder.card)
     config = load_config(folder.config)
-    net = build_backbone(card.backbone, "random", card.preprocessing.size_px, 0.0).net
-    head = replace_head(net, len(card.classes), one_logit=config.objective.name == "binary")
+    options = Model(backbone=card.backbone, weights="random", stem=card.stem, attention=card.attention)
+    one_logit = config.objective.name == "binary"
+    net, head, *_ = assemble(options, card.preprocessing.size_px, len(card.classes), one_logit=one_logit)
     net.load_state_dict(state)
     return Trained(net.requires_grad_(False).eval(), head, card, config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import pickle
 import re
+from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torch import nn
 from tlearn.console import show
 from tlearn.data.transforms import Preprocessing
 from tlearn.errors import TlearnError
-from tlearn.models.weights import PACKAGES, from_package, is_file, load_state, read_weights, tensors_only
+from tlearn.models.weights import BESIDE, PACKAGES, from_package, is_file, load_state, read_weights, tensors_only
 
 _TORCHVISION_BLOCK = re.compile(
     r"layer\d+|trunk_output\.block\d+|features\.(?:denseblock)?\d+|encoder\.layers\.encoder_layer_\d+"
@@ -30,6 +31,15 @@ _TORCHVISION_BLOCK = re.compile(
 _TORCHVISION_OPTIONS: dict[str, dict[str, bool]] = {
     name: {"aux_logits": False, "init_weights": False} for name in ("googlenet", "inception_v3")
 }
+
+
+class SizeError(TlearnError):
+    """A model that cannot take images of a size."""
+
+    def __init__(self, name: str, size_px: int, error: Exception) -> None:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        self.size_px = size_px
+        super().__init__(f"{name} cannot take images of {size_px} px ({reason})")
 
 
 class Backbone(NamedTuple):
@@ -44,11 +54,13 @@ class Backbone(NamedTuple):
 
 
 def full_name(backbone: str) -> str:
-    """`timm:NAME` or `torchvision:NAME` for a name with or without its library.
+    """`timm:NAME` or `torchvision:NAME` for a name with or without its library; `A + B` for two of them.
 
     Raises:
         TlearnError: no such model; the nearest names are listed.
     """
+    if "+" in backbone:
+        return BESIDE.join(full_name(part.strip()) for part in backbone.split("+"))
     library, colon, name = backbone.rpartition(":")
     known = {"timm": timm.list_models(), "torchvision": torchvision.models.list_models(torchvision.models)}
     if colon and library not in known:
@@ -103,8 +115,11 @@ def _build_timm(
     if tag is not None and (cfg is None or not (cfg.hf_hub_id or cfg.url)):
         raise TlearnError(_unknown_weights(f"timm:{model}", "default", []))
     options: dict[str, Any] = {"drop_rate": dropout} if dropout else {}
-    if cfg is not None and cfg.fixed_input_size and size_px is not None:
-        options["img_size"] = size_px  # position embeddings are interpolated
+    if cfg is not None and cfg.fixed_input_size:
+        if size_px is not None:
+            options["img_size"] = size_px  # position embeddings are interpolated
+        if _takes_option(full, "dynamic_img_size"):
+            options["dynamic_img_size"] = True  # in every step, where a stage has another size
     if tag is not None:
         show(f"loading the weights of timm:{full} (from the hub unless they are cached)")
     try:
@@ -115,12 +130,24 @@ def _build_timm(
             raise TlearnError(f"model.backbone: timm:{model}: {error}") from None
         raise TlearnError(_out_of_reach(f"timm:{full}", error)) from None
     except (AssertionError, TypeError, ValueError) as error:
-        raise TlearnError(f"model.backbone: timm:{model} at {size_px} px: {error}") from None
+        if size_px is None:
+            raise TlearnError(f"model.backbone: timm:{model}: {error}") from None
+        raise SizeError(f"timm:{model}", size_px, error) from None
     c: dict[str, Any] = net.pretrained_cfg
     preprocessing = Preprocessing(
         c["input_size"][-1], tuple(c["mean"]), tuple(c["std"]), c["interpolation"], c["crop_pct"]
     )
     return net, str(c["tag"]) if tag is not None else "random", preprocessing
+
+
+def _takes_option(full: str, option: str) -> bool:
+    """Whether a model's constructor has it: its signature is behind `**kwargs`."""
+    try:
+        with torch.device("meta"):
+            timm.create_model(full, **{option: True})
+    except TypeError:
+        return False
+    return True
 
 
 def _build_torchvision(
@@ -133,11 +160,20 @@ def _build_torchvision(
     if tag is not None and (tag != "default" or not names) and tag not in names:
         raise TlearnError(_unknown_weights(f"torchvision:{model}", tag, names))
     weights = known.DEFAULT if tag == "default" else known[tag] if tag else None
+    options: dict[str, Any] = {**_TORCHVISION_OPTIONS.get(model, {})}
+    fixed = size_px is not None and model.startswith("vit_")
+    if fixed:
+        options["image_size"] = size_px
     if weights is not None:
         show(f"loading the weights of torchvision:{model}.{weights.name} (from the hub unless they are cached)")
     try:
         with tensors_only():
-            net = torchvision.models.get_model(model, weights=weights, **_TORCHVISION_OPTIONS.get(model, {}))
+            net = torchvision.models.get_model(model, weights=None if fixed else weights, **options)
+            if fixed and weights is not None:  # torchvision would insist on the size of the weights
+                load_state(net, weights.get_state_dict(check_hash=True), weights.name, last_linear(net))
+    except AssertionError as error:
+        assert size_px is not None
+        raise SizeError(f"torchvision:{model}", size_px, error) from None
     except (OSError, RuntimeError, HTTPException, pickle.UnpicklingError) as error:
         raise TlearnError(_out_of_reach(f"torchvision:{model}", error)) from None
     if not names:
@@ -179,6 +215,23 @@ def last_linear(net: nn.Module) -> str:
     return names[-1]
 
 
+def replace_head(net: nn.Module, new: Callable[[int], nn.Module]) -> str:
+    """Put another module, made for so many features, in place of the last Linear; returns its name.
+
+    Raises:
+        TlearnError: the model has no Linear, or two classifiers.
+    """
+    head = last_linear(net)
+    old = net.get_submodule(head)
+    assert isinstance(old, nn.Linear)
+    shape = old.weight.shape
+    twins = [n for n, m in net.named_modules() if isinstance(m, nn.Linear) and m.weight.shape == shape and n != head]
+    if twins:
+        raise TlearnError(f"model.backbone: has two classifiers, {twins[-1]} and {head}; choose a model with one")
+    net.set_submodule(head, new(old.in_features))
+    return head
+
+
 def blocks_of(net: nn.Module, head: str) -> list[list[str]]:
     """Parameter names of the backbone in blocks, shallow to deep, without the head.
 
@@ -209,7 +262,8 @@ def check_input(net: nn.Module, name: str, size_px: int, classes: int) -> None:
     """Run one black image through the model.
 
     Raises:
-        TlearnError: the model cannot take images of this size, or its last Linear is not its classifier.
+        SizeError: the model cannot take images of this size.
+        TlearnError: its last Linear is not its classifier.
     """
     parameter = next(net.parameters())
     image = torch.zeros(1, 3, size_px, size_px, dtype=parameter.dtype, device=parameter.device)
@@ -218,7 +272,6 @@ def check_input(net: nn.Module, name: str, size_px: int, classes: int) -> None:
         with torch.no_grad():
             out = net(image)
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TlearnError(f"data.image_size: {name} cannot take images of {size_px} px ({reason})") from None
+        raise SizeError(name, size_px, error) from None
     if not isinstance(out, torch.Tensor) or out.shape != (1, classes):
         raise TlearnError(f"model.backbone: the last Linear of {name} is not its classifier; choose another model")

@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tlearn.config import Config
+from tlearn.config import Attention, Config
+from tlearn.config import Model as Options
 from tlearn.console import show
 from tlearn.data.transforms import Colour, Preprocessing
 from tlearn.errors import TlearnError
-from tlearn.models.backbones import blocks_of, build_backbone, check_input, full_name, last_linear
+from tlearn.models.attention import add_attention
+from tlearn.models.backbones import (
+    Backbone,
+    SizeError,
+    blocks_of,
+    build_backbone,
+    check_input,
+    full_name,
+    last_linear,
+    replace_head,
+)
+from tlearn.models.heads import zero_head
+from tlearn.models.hybrid import Hybrid, build_hybrid
+from tlearn.models.stem import small_image_stem
+from tlearn.models.weights import BESIDE
 
-BESIDE = "beside"
+_FAR_PX = 65
+"""Sizes further away are not looked at."""
+
+ATTACHED = "beside"
 """Prefix of the names of layers that an objective adds."""
 
 
@@ -28,7 +49,7 @@ class Model:
 
     net: nn.Module
     backbone: str
-    """`timm:NAME` or `torchvision:NAME`."""
+    """`timm:NAME` or `torchvision:NAME`, or several, as `model.backbone` takes them."""
     weights: str
     """Where the weights came from, as `model.weights` takes it."""
     head: str
@@ -43,18 +64,18 @@ class Model:
     @property
     def beside(self) -> dict[str, nn.Module]:
         """Layers that an objective trains with the network; what is trained in the end does without."""
-        return dict(getattr(self.net, BESIDE, nn.ModuleDict()).items())
+        return dict(getattr(self.net, ATTACHED, nn.ModuleDict()).items())
 
     def attach(self, layers: Mapping[str, nn.Module]) -> None:
         """Add such layers, whose parameters train in every stage."""
         if layers:
             dtype = next(self.net.parameters()).dtype
-            self.net.add_module(BESIDE, nn.ModuleDict(layers).to(dtype))
+            self.net.add_module(ATTACHED, nn.ModuleDict(layers).to(dtype))
 
     @property
     def weights_alone(self) -> dict[str, torch.Tensor]:
         """State of the network without the layers beside it."""
-        return {name: x for name, x in self.net.state_dict().items() if not name.startswith(f"{BESIDE}.")}
+        return {name: x for name, x in self.net.state_dict().items() if not name.startswith(f"{ATTACHED}.")}
 
     def load_weights(self, state: Mapping[str, torch.Tensor]) -> None:
         """Put such a state back."""
@@ -108,6 +129,12 @@ class Card:
     """Names in label order."""
     data_fingerprint: str
     preprocessing: Preprocessing
+    stem: Literal["original", "small_image"]
+    attention: Attention | None
+
+    def content(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"attention": self.attention and self.attention.model_dump()}
 
     @classmethod
     def read(cls, path: Path) -> Card:
@@ -120,7 +147,9 @@ class Card:
             card = json.loads(path.read_text(encoding="utf-8"))
             about = card["preprocessing"]
             preprocessing = Preprocessing(**about | {name: tuple(about[name]) for name in ("mean", "std")})
-            return cls(**card | {"classes": tuple(card["classes"]), "preprocessing": preprocessing})
+            attention = Attention(**card["attention"]) if card["attention"] else None
+            changed = {"classes": tuple(card["classes"]), "preprocessing": preprocessing, "attention": attention}
+            return cls(**card | changed)
         except (ValueError, LookupError, TypeError) as error:
             raise TlearnError(f"{path}: damaged ({error}); restore the file, or train again") from None
 
@@ -153,6 +182,51 @@ def _frozen_modules(net: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
+class Assembled(NamedTuple):
+    """A network with a new head, and what there is to know of its backbone."""
+
+    net: nn.Module
+    head: str
+    blocks: list[list[str]]
+    built: Backbone
+
+
+def assemble(options: Options, size_px: int | None, classes: int, *, one_logit: bool = False) -> Assembled:
+    """A network as `model` describes it, with a head for `classes` that starts at zero.
+
+    Args:
+        options: the section `model` of a config.
+        size_px: input size for models that are built for one; None: the size of the weights.
+        classes: how many.
+        one_logit: for two classes.
+
+    Raises:
+        SizeError: a size that the model cannot take.
+        TlearnError: unknown names, weights that cannot be had or do not fit, a stem or attention that cannot be made.
+    """
+    name = full_name(options.backbone)
+    is_hybrid = BESIDE in name
+    build = build_hybrid if is_hybrid else build_backbone
+    built = build(name, options.weights, size_px, options.dropout)
+    net = built.net
+    head = last_linear(net)
+    blocks = net.blocks if isinstance(net, Hybrid) else blocks_of(net, head)
+    replace_head(net, lambda features: zero_head(features, classes, one_logit=one_logit))
+    if options.stem == "small_image":
+        if is_hybrid:
+            raise TlearnError("model.stem: small_image takes one backbone, not a hybrid; use model.stem=original")
+        small_image_stem(net, name, blocks)
+    size_px = size_px or built.preprocessing.size_px
+    check_input(net, name, size_px, classes)
+    if options.attention is not None:
+        kind, after = options.attention.kind, options.attention.after
+        if is_hybrid and after == "last":
+            ends = ", ".join(f"parts.{i}.NAME" for i in range(name.count(BESIDE) + 1))
+            raise TlearnError(f"model.attention.after: last: every part of a hybrid has a last block; name one: {ends}")
+        blocks = add_attention(net, kind, after, head, blocks, size_px)
+    return Assembled(net, head, blocks, built)
+
+
 def build_model(
     config: Config, classes: int, card: Card | None = None, colours: tuple[Colour, Colour] | None = None
 ) -> Model:
@@ -167,71 +241,56 @@ def build_model(
     Raises:
         TlearnError: unknown names, weights that cannot be had or do not fit, a size that the model cannot take.
     """
-    name = full_name(config.model.backbone)
     torch.manual_seed(config.seed)
-    wanted = "random" if card else config.model.weights
-    built = build_backbone(name, wanted, config.data.image_size, config.model.dropout)
-    weights, start = (card.weights, card.preprocessing) if card else (built.weights, built.preprocessing)
-    data, size_px = config.data, config.data.image_size or start.size_px
-    preprocessing = replace(start, size_px=size_px, fit=data.fit, grey=data.grey)
-    if data.normalise == "own" and not card:
-        preprocessing = _own(preprocessing, colours, weights)
+    options = _random(config.model) if card else config.model
     binary = config.objective.name == "binary"
     if binary and classes != 2:
         raise TlearnError(f"objective.name = 'binary': the data have {classes} classes; use supervised")
-    head = replace_head(built.net, classes, one_logit=binary)
+    size_px = config.data.image_size
+    try:
+        net, head, blocks, built = assemble(options, size_px, classes, one_logit=binary)
+    except SizeError as error:
+        raise _with_sizes("data.image_size", error, lambda size: assemble(_random(options), size, classes)) from None
+    for stage in config.stages or []:
+        if stage.image_size is not None:
+            try:
+                check_input(net, built.name, stage.image_size, classes)
+            except SizeError as error:
+                same = copy.deepcopy(net).to("meta")
+                takes = functools.partial(check_input, same, built.name, classes=classes)
+                raise _with_sizes(f"stages: {stage.name}: image_size", error, takes) from None
+    weights, start = (card.weights, card.preprocessing) if card else (built.weights, built.preprocessing)
+    data = config.data
+    preprocessing = replace(start, size_px=size_px or start.size_px, fit=data.fit, grey=data.grey)
+    if data.normalise == "own" and not card:
+        preprocessing = _own(preprocessing, colours, weights)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
-    net = built.net.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for size_px in sorted({preprocessing.size_px, *(s.image_size for s in config.stages or [] if s.image_size)}):
-        check_input(net, name, size_px, classes)
+    net = net.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.model.sync_batchnorm:
         net = convert_sync_batchnorm(net)
     choice = config.model.batch_norm
-    frozen = weights != "random" if choice == "auto" else choice == "frozen"
-    return Model(net, name, weights, head, blocks_of(net, head), preprocessing, frozen)
+    frozen = "random" not in weights.split(BESIDE) if choice == "auto" else choice == "frozen"
+    return Model(net, built.name, weights, head, blocks, preprocessing, frozen)
 
 
-class Mirrored(nn.Module):
-    """The mean of a network's logits for an image and for its mirror image."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) -> (B, classes)."""
-        logits: torch.Tensor = (self.net(images) + self.net(images.flip(-1))) / 2
-        return logits
+def _random(options: Options) -> Options:
+    return options.model_copy(update={"weights": "random"})
 
 
-class OneLogit(nn.Linear):
-    """A head for two classes with one logit z, handed on as (0, z): its softmax is (1 - sigmoid(z), sigmoid(z)), its
-    cross-entropy the binary one, and the larger of the two that of probability above 0.5."""
-
-    def __init__(self, in_features: int) -> None:
-        super().__init__(in_features, 1)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, features) -> (B, 2)."""
-        logit = super().forward(features)
-        return torch.cat([torch.zeros_like(logit), logit], dim=-1)
-
-
-def replace_head(net: nn.Module, classes: int, *, one_logit: bool = False) -> str:
-    """Put a zero Linear for `classes` in place of the last Linear; returns its name.
-
-    Raises:
-        TlearnError: the model has no Linear, or two classifiers.
-    """
-    head = last_linear(net)
-    old = net.get_submodule(head)
-    assert isinstance(old, nn.Linear)
-    shape = old.weight.shape
-    twins = [n for n, m in net.named_modules() if isinstance(m, nn.Linear) and m.weight.shape == shape and n != head]
-    if twins:
-        raise TlearnError(f"model.backbone: has two classifiers, {twins[-1]} and {head}; choose a model with one")
-    new = OneLogit(old.in_features) if one_logit else nn.Linear(old.in_features, classes)
-    nn.init.zeros_(new.weight)
-    nn.init.zeros_(new.bias)
-    net.set_submodule(head, new)
-    return head
+def _with_sizes(key: str, error: SizeError, attempt: Callable[[int], object]) -> TlearnError:
+    """An error that names the nearest sizes which a model takes, as `attempt` finds out without memory."""
+    takes: list[str] = []
+    with torch.device("meta"):
+        for sign in (-1, 1):
+            for distance in range(1, _FAR_PX):
+                size_px = error.size_px + sign * distance
+                if size_px < 16 or (size_px % 4 and size_px % 14):  # sides of patches
+                    continue
+                try:
+                    attempt(size_px)
+                except TlearnError:
+                    continue
+                takes.append(f"{size_px} px")
+                break
+    nearest = f"; it takes {' and '.join(takes)}" if takes else "; choose another one, or another model"
+    return TlearnError(f"{key}: {error}{nearest}")

@@ -9,6 +9,8 @@ import importlib.metadata
 import os
 import pickle
 import re
+import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +18,14 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
+from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from tlearn.errors import TlearnError
 
 State = dict[str, torch.Tensor]
+
+BESIDE = " + "
+"""Between the backbones of a hybrid, and between their weights."""
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -59,10 +65,11 @@ def check_weights(weights: str) -> None:
     Raises:
         TlearnError: a file or a package that is not there.
     """
-    if weights.startswith("package:"):
-        _installed(weights.removeprefix("package:"))
-    elif is_file(weights) and not Path(weights).expanduser().is_file():
-        raise TlearnError(f"model.weights: {weights}: no such file")
+    for part in weights.split(BESIDE):
+        if part.startswith("package:"):
+            _installed(part.removeprefix("package:"))
+        elif is_file(part) and not Path(part).expanduser().is_file():
+            raise TlearnError(f"model.weights: {part}: no such file")
 
 
 def _installed(name: str) -> list[importlib.metadata.PackagePath]:
@@ -142,10 +149,14 @@ def tensors_only() -> Iterator[None]:
 def load_state(net: torch.nn.Module, state: State, source: str, head: str) -> None:
     """Load by name. A head for other classes is left out (it will be replaced); other differences are errors.
 
+    Position embeddings and biases of another image size are interpolated.
+
     Raises:
         TlearnError: names or shapes that differ, listed.
     """
     own = net.state_dict()
+    if own.keys() <= state.keys() and any(own[k].shape != state[k].shape for k in own if not k.startswith(f"{head}.")):
+        state = _resized(net, state)
     head_fits = all(k in state and state[k].shape == own[k].shape for k in own if k.startswith(f"{head}."))
     if not head_fits:
         state = {k: v for k, v in state.items() if not k.startswith(f"{head}.")}
@@ -162,6 +173,14 @@ def load_state(net: torch.nn.Module, state: State, source: str, head: str) -> No
         listed = "\n  ".join(wrong[:8] + [f"... and {len(wrong) - 8} more"] * (len(wrong) > 8))
         raise TlearnError(f"model.weights: {source} does not fit model.backbone:\n  {listed}")
     net.load_state_dict(state, strict=False)
+
+
+def _resized(net: torch.nn.Module, state: State) -> State:
+    """What a network's own library does with weights for another image size."""
+    if isinstance(net, VisionTransformer):
+        return dict(interpolate_embeddings(net.image_size, net.patch_size, OrderedDict(state)))
+    filtered = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)  # timm has one per family
+    return state if filtered is None else filtered(state, net)
 
 
 _TOP = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
