@@ -437,6 +437,7 @@ def test_damaged_and_missing_rows_are_computed_anew(recipe: MakeConfig, cache: P
     assert "does not hold what the layers give" in (tmp_path / "second" / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_no_reason_to_stop(recipe: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int, offset: int, length: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -449,6 +450,7 @@ def test_a_full_disk_is_no_reason_to_stop(recipe: MakeConfig, tmp_path: Path, mo
         train(recipe("features.cache=on"), tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_quota_that_shows_late_is_none_either(
     recipe: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -463,6 +465,7 @@ def test_a_quota_that_shows_late_is_none_either(
     assert "No space left on device" in decisions(tmp_path / "run")["head"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [OSError(errno.EOPNOTSUPP, "not supported"), AttributeError("posix_fallocate")])
 def test_a_disk_that_cannot_allocate_beforehand_stores_too(
     recipe: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -475,6 +478,7 @@ def test_a_disk_that_cannot_allocate_beforehand_stores_too(
     assert decisions(tmp_path / "run")["last"] == "cached"
 
 
+@pytest.mark.slow
 def test_a_full_store_is_used_where_little_room_is_left(
     recipe: MakeConfig, computed: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -493,6 +497,7 @@ def test_machines_that_see_other_disks_do_not_share_a_store(recipe: MakeConfig, 
     assert list(tmp_path.glob("disk*/features/*/*.rows")) == []
 
 
+@pytest.mark.slow
 def test_why_nothing_is_stored_is_said_and_kept(recipe: MakeConfig, tmp_path: Path) -> None:
     train(recipe("stages.0.views=4"), tmp_path / "run")
     reason = "no view comes again in 4 epochs"

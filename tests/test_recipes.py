@@ -327,6 +327,7 @@ def test_a_preset_fills_in_what_is_not_given(tiny: MakeConfig) -> None:
     assert (data.fit, data.grey, data.augment.scale, data.augment.ratio) == ("pad", True, (0.5, 1.0), (0.9, 1.1))
 
 
+@pytest.mark.slow
 def test_grey_and_own_colours_are_what_the_network_is_given(tiny: MakeConfig, tmp_path: Path) -> None:
     train(tiny("data.grey=true", "data.normalise=own", "epochs=3", "data.fit=squash"), tmp_path / "run")
     classifier = load(tmp_path / "run")

@@ -7,16 +7,16 @@ A command runs in this process; `--nproc N` starts N of them unless a launcher (
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from tlearn import __version__, cli_plan
+from tlearn import __version__, cli_jobs, cli_plan
+from tlearn.arguments import JsonFlag, files_and_options, print_json, recipe, split_arguments
 from tlearn.errors import EXPECTED, TlearnError, refused
 from tlearn.rendezvous import resolved
 from tlearn.signals import handled_by, stop
@@ -28,7 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.add_typer(cli_plan.commands)
+for commands in (cli_jobs.commands, cli_plan.commands):
+    app.add_typer(commands)
 
 
 class ResumeMode(StrEnum):
@@ -48,7 +49,6 @@ class Classifier(StrEnum):
     knn = "knn"
 
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 NprocOption = Annotated[
     int | None,
     typer.Option(
@@ -107,7 +107,7 @@ def train(
     from tlearn.configfile import load_config
     from tlearn.launch import in_processes
 
-    file, overrides = _recipe(config, run)
+    file, overrides = recipe(config, run)
     if run is None and resume is ResumeMode.must:
         raise TlearnError("--resume must: goes on with a run; name its folder: --run RUN")
     parsed = load_config(file, overrides, quick=quick)
@@ -131,7 +131,7 @@ def evaluate(
 
     scores = load(run).evaluate(data)
     if as_json:
-        _print_json(scores)
+        print_json(scores)
     else:
         print_result(scores_table(scores))
 
@@ -151,7 +151,7 @@ def predict(
     predictions = load(run).predict(files, topk)
     if as_json:
         top = [[{"class": name, "probability": value} for name, value in p.classes] for p in predictions]
-        _print_json([{"file": p.file, "top": t, "error": p.error} for p, t in zip(predictions, top, strict=True)])
+        print_json([{"file": p.file, "top": t, "error": p.error} for p, t in zip(predictions, top, strict=True)])
     else:
         for p in predictions:
             best = "  ".join(f"{name} {value:.1%}" for name, value in p.classes)
@@ -188,7 +188,7 @@ def doctor(
     if int(os.environ.get("RANK") or 0) > 0:
         return
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         from tlearn.doctor import report_table
 
@@ -198,78 +198,6 @@ def doctor(
         print_result("\n".join(report["problems"]) or "no problem found")
     if report["problems"]:
         raise typer.Exit(1)
-
-
-@app.command()
-def submit(
-    config: Annotated[list[str] | None, typer.Argument(help="[CONFIG.yaml] [a.b=c ...]", show_default=False)] = None,
-    profile: Annotated[
-        Path | None,
-        typer.Option(help="The job: slurm/*.yaml. Default: the last of RUN; else 1 process."),
-    ] = None,
-    run: Annotated[Path | None, typer.Option(help="Run folder, on a disk that all nodes see.")] = None,
-    after: Annotated[str | None, typer.Option(help="Id of a job that has to end well before.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A short run on small images.")] = False,
-    override: Annotated[
-        bool, typer.Option("--override", help="Go on with options that have changed, where that is safe.")
-    ] = False,
-    local: Annotated[bool, typer.Option("--local", help="The same job on this machine, without Slurm.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sbatch file; submit nothing.")] = False,
-) -> None:
-    """Train on a Slurm cluster: a job that is queued again until the run is done. Prints its id."""
-    if local and (dry_run or after is not None):
-        raise TlearnError(f"{'--dry-run' if dry_run else '--after'}: is for Slurm, and has no effect with --local")
-    from tlearn.configfile import load_config
-    from tlearn.files import new_run
-    from tlearn.jobs import last_submission
-    from tlearn.profile import Profile, load_profile
-    from tlearn.submit import sbatch_text
-    from tlearn.submit import submit as send
-
-    file, overrides = _recipe(config, run)
-    parsed = load_config(file, overrides, quick=quick)
-    place = run or new_run(parsed.strategy)
-    if profile is None and (last := last_submission(place)) is not None:
-        profile = last / "profile.yaml"
-    job = load_profile(profile) if profile is not None else Profile()
-    if dry_run:
-        typer.echo(sbatch_text(job, place, after))
-    else:
-        typer.echo(send(parsed, job, place, after=after, local=local, override=override))
-        typer.echo(f"run folder: {place}   (tlearn status, logs -f, cancel)", err=True)
-
-
-@app.command()
-def status(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: JsonFlag = False) -> None:
-    """Where a run is, in Slurm and in its folder."""
-    from tlearn.jobs import status as look
-
-    report = look(run)
-    if as_json:
-        _print_json(report)
-    else:
-        typer.echo("\n".join(f"{key:14s} {value}" for key, value in report.items()))
-
-
-@app.command()
-def logs(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
-    rank: Annotated[int, typer.Option(min=0, help="Of which process.")] = 0,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job is over.")] = False,
-) -> None:
-    """What a process of a submitted run has printed, on stderr."""
-    from tlearn.jobs import logs as read
-
-    for text in read(run, rank, follow=follow):
-        typer.echo(text, nl=False)
-
-
-@app.command()
-def cancel(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
-    """End the Slurm job of a run, which saves first; `tlearn submit --run RUN` goes on."""
-    from tlearn.jobs import cancel as end
-
-    typer.echo(f"job {end(run)} is cancelled; go on with: tlearn submit --run {run}")
 
 
 @app.command()
@@ -287,7 +215,7 @@ def probe(
     from tlearn.probe import probe as run
     from tlearn.tables import probe_table
 
-    file, overrides = _split_arguments(options or [])
+    file, overrides = split_arguments(options or [])
     if file is not None:
         raise TlearnError(f"{file}: probe takes options as a.b=c only")
     models = [[f"model.backbone={name}"] for name in backbone or []] or [[]]
@@ -296,7 +224,7 @@ def probe(
         full_name(config.model.backbone)
     rows = [run(config, classifier.value) for config in configs]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     else:
         print_result(probe_table(rows))
 
@@ -314,10 +242,10 @@ def compare(
     from tlearn.comparison import comparison_table
     from tlearn.console import print_result
 
-    files, overrides = _files_and_options(recipes)
+    files, overrides = files_and_options(recipes)
     report = run(files, overrides, out, seeds=seeds, nproc=nproc)
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         print_result(comparison_table(report["recipes"]))
         print_result("\n".join(report["notes"]))
@@ -338,51 +266,15 @@ def drill(
     from tlearn.drill import drill as run
     from tlearn.drill import report_table, verdict
 
-    file, overrides = _split_arguments(config or [])
+    file, overrides = split_arguments(config or [])
     report = run(file, overrides, nproc=nproc, kills=kills, seed=seed)
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         print_result(report_table(report))
         typer.echo("\n".join(verdict(report)))
     if not report["equal"]:
         raise typer.Exit(1)
-
-
-def _files_and_options(arguments: list[str]) -> tuple[list[Path], list[str]]:
-    """[CONFIG.yaml ...] [a.b=c ...] in any order."""
-    files = [a for a in arguments if "=" not in a.partition("/")[0]]
-    return [Path(file) for file in files], [a for a in arguments if a not in files]
-
-
-def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """[CONFIG.yaml] [a.b=c ...] in any order."""
-    files, options = _files_and_options(arguments)
-    if len(files) > 1:
-        raise TlearnError(f"one config file at most, got {', '.join(map(str, files))}; options are written a.b=c")
-    return files[0] if files else None, options
-
-
-def _recipe(arguments: list[str] | None, run: Path | None) -> tuple[Path | None, list[str]]:
-    """Config file and options; without either a file or images those of the run that goes on."""
-    file, overrides = _split_arguments(arguments or [])
-    if file is not None or run is None:
-        return file, overrides
-    from tlearn.jobs import last_submission
-
-    names_data = any(o.partition("=")[0] in ("data", "data.path") for o in overrides)
-    if (run / "config.yaml").is_file():
-        return None if names_data else run / "config.yaml", overrides
-    submission = last_submission(run)  # it has not begun
-    if submission is not None:
-        return submission / "config.yaml", overrides
-    if names_data:
-        return None, overrides
-    raise TlearnError(f"{run}: holds no run to go on with; to begin one, name its images: data.path=FOLDER")
-
-
-def _print_json(document: Any) -> None:
-    typer.echo(json.dumps(document, allow_nan=False))
 
 
 def main() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from tlearn.arguments import JsonFlag, print_json
 
 commands = typer.Typer()
 
@@ -18,9 +19,6 @@ class Needs(StrEnum):
     any = "any"
     speed = "speed"
     detail = "detail"
-
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 
 
 @commands.command()
@@ -40,7 +38,7 @@ def plan(
     made = make_plan(config, need.value)
     report = document(config, made)
     if as_json:
-        typer.echo(json.dumps(report, allow_nan=False))
+        print_json(report)
         return
     print_result(plan_table(made))
     typer.echo(f"\n# plan.yaml; tlearn train plan.yaml\n{dump_options(report['config'])}")
@@ -57,7 +55,7 @@ def advise(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: Js
 
     found = look(read_run(run))
     if as_json:
-        typer.echo(json.dumps([row._asdict() for row in found], allow_nan=False))
+        print_json([row._asdict() for row in found])
     elif found:
         print_result(advice_table(found))
     else:
