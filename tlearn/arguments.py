@@ -46,4 +46,5 @@ def recipe(arguments: list[str] | None, run: Path | None) -> tuple[Path | None, 
 
 
 def print_json(document: Any) -> None:
+    """One document on stdout."""
     typer.echo(json.dumps(document, allow_nan=False))
