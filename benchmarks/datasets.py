@@ -1,6 +1,7 @@
 """Make real labelled picture folders for the demo, the tests and the benchmarks.
 
     python benchmarks/datasets.py tux10 OUT           # OUT/<class>/*.png, 359 colour cut-outs
+    python benchmarks/datasets.py tux10_outlines OUT  # the same pictures, of which only edges are left: another domain
     python benchmarks/datasets.py openclipart10 OUT   # OUT/<class>/*.png, 2,233 drawings
     python benchmarks/datasets.py fashion_mnist OUT   # OUT/{train,test}/<class>/*.png, 70,000 grey 28x28
     python benchmarks/datasets.py photo_crops OUT     # OUT/{train,val}/<photo>/*.png, 320 crops of 10 photos
@@ -32,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 
 TUX10 = {
     "bird": ["animals/birds"],
@@ -121,6 +122,15 @@ def _fetch(package: str, target: Path) -> None:
 def tux10(out: Path) -> None:
     """359 cut-outs, most of them RGBA. Debian's tuxpaint-stamps-default, GPL-2: use, do not commit."""
     _copy(debian("tuxpaint-stamps-default", "tuxpaint/stamps", "animals/birds"), TUX10, out, expected=359)
+
+
+def tux10_outlines(out: Path) -> None:
+    """Dark edges on white."""
+    tux10(out)
+    for file in out.rglob("*.png"):
+        rgba = Image.open(file).convert("RGBA")
+        grey = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("L")
+        ImageOps.invert(grey.filter(ImageFilter.FIND_EDGES)).save(file)
 
 
 def openclipart10(out: Path) -> None:
@@ -230,6 +240,7 @@ def demo(out: Path) -> Path:
 
 SETS: dict[str, Callable[[Path], None]] = {
     "tux10": tux10,
+    "tux10_outlines": tux10_outlines,
     "openclipart10": openclipart10,
     "fashion_mnist": fashion_mnist,
     "photo_crops": photo_crops,
