@@ -34,7 +34,7 @@ Classifier = Literal["linear", "logreg", "svm", "knn"]
 
 FOLDS = 5
 RATES = (0.1, 1.0)
-"""Times about the largest one that is stable: 1 / Lipschitz constant of the gradient, as a sample of the rows has it."""
+"""Times about the largest one that is stable: 1 / Lipschitz constant of the gradient, from a sample of rows."""
 WEIGHT_DECAYS = (1e-3, 1e-2, 1e-1, 1.0)
 STEPS = 200
 BATCH = 1024

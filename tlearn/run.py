@@ -10,7 +10,7 @@ from typing import Any
 from tlearn import checkpoint
 from tlearn.auto import decided
 from tlearn.checkpoint import Progress
-from tlearn.config import Config
+from tlearn.config import Config, Stage
 from tlearn.console import note, show
 from tlearn.data.loader import Share
 from tlearn.data.source import Source, open_source
@@ -70,16 +70,7 @@ def train(
         runtime.set_precision(precision)
         asked, config = config.model.weights, _resolved(config, model, precision)
         objective = build_objective(config.objective, model, source.classes, source.per_class)
-        stages = filled(config)
-        sizes = {name: parameter.numel() for name, parameter in model.net.named_parameters()}
-        beside = {name: 1.0 for name in sizes if name.startswith(f"{ATTACHED}.")}
-        own = [name for name in sizes if name not in beside]
-        plan = [resolve(stage, own, model.head, model.blocks) | beside for stage in stages]
-        check_attention(model.net, plan)
-        for stage, multipliers in zip(stages, plan, strict=True):
-            model.set_trainable(multipliers)
-            share.check(source.sizes["train"], stage.name, model.smallest_batch)
-            check_features(config, model, source, stage)
+        stages, plan = _planned(config, model, source, share)
         changes = runtime.on_main(lambda: place.changes(found, config, source.fingerprint, override=override))
 
         restored = checkpoint.load(found) if found else None
@@ -100,7 +91,7 @@ def train(
         _introduce(run, source)
         if made is not None:
             show(plan_table(made))
-        show_stages(stages, plan, sizes)
+        show_stages(stages, plan, {name: p.numel() for name, p in model.net.named_parameters()})
 
         with run.tracker, run.saver, closing(run.val_loader), _stopped_in(run), handled_by(runtime.stop.set):
             if progress.stage < len(stages):
@@ -118,6 +109,25 @@ def train(
                 write_json(place.result, result)
             show_result(place.path, result)
     return result
+
+
+def _planned(config: Config, model: Model, source: Source, share: Share) -> tuple[list[Stage], list[dict[str, float]]]:
+    """The stages, filled in, and the rate multiplier of every parameter in each.
+
+    Raises:
+        TlearnError: rules that do not fit the model, batches that are too small, features that cannot be stored.
+    """
+    stages = filled(config)
+    names = [name for name, _ in model.net.named_parameters()]
+    beside = {name: 1.0 for name in names if name.startswith(f"{ATTACHED}.")}
+    own = [name for name in names if name not in beside]
+    plan = [resolve(stage, own, model.head, model.blocks) | beside for stage in stages]
+    check_attention(model.net, plan)
+    for stage, multipliers in zip(stages, plan, strict=True):
+        model.set_trainable(multipliers)
+        share.check(source.sizes["train"], stage.name, model.smallest_batch)
+        check_features(config, model, source, stage)
+    return stages, plan
 
 
 @contextmanager
