@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # two at a time: most tests use one core, and those of Slurm wait
-SIDE_BY_SIDE := -n 2 --dist loadfile
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast check soak format clean
 

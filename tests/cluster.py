@@ -121,11 +121,14 @@ def power_off(cluster: Cluster, node: str) -> None:
     place = Path(cluster["SLURM_CONF"]).parent
     os.kill(int((place / f"slurmd-{node}.pid").read_text()), signal.SIGKILL)
     ours = tasks("SLURM_CONF", cluster["SLURM_CONF"], python_only=False)  # another cluster may have such a node too
-    for process in set(ours) & set(tasks("SLURMD_NODENAME", node, python_only=False)):
-        try:
+    doomed = set(ours) & set(tasks("SLURMD_NODENAME", node, python_only=False))
+    for process in set(doomed):
+        with suppress(OSError):
             parent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]
             if Path(f"/proc/{parent}/comm").read_text().strip() == "slurmstepd":
-                os.kill(int(parent), signal.SIGKILL)
-            os.kill(process, signal.SIGKILL)
-        except (OSError, ProcessLookupError):  # it went with its parent
-            continue
+                doomed.add(int(parent))
+    # all at once: none shall tell Slurm how another one ended
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for process in doomed:
+            with suppress(ProcessLookupError):
+                os.kill(process, number)

@@ -26,6 +26,15 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 
 
+LONG = ("test_slurm.py", "test_resume.py", "test_distributed.py", "test_features.py")
+"""Files that take minutes: first, so that workers side by side end at the same time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps the order otherwise."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 def load_script(name: str) -> ModuleType:
     """A script of benchmarks/ as a module, which imports others of them by name."""
     if str(ROOT / "benchmarks") not in sys.path:

@@ -17,7 +17,7 @@ from torch import nn
 from tlearn import checkpoint, engine, replicas
 from tlearn.config import Config
 from tlearn.data.store import Store
-from tlearn.errors import TlearnError
+from tlearn.errors import StoppedBySignalError, TlearnError
 from tlearn.evaluate import evaluate
 from tlearn.objectives import LossSum, Supervised
 from tlearn.run import train
@@ -268,6 +268,26 @@ def train_forgetful(config: Config, folder: Path) -> None:
 
     checkpoint.load = without_optimizer
     train(config, folder)
+
+
+def train_each_with_a_stop(runs: list[tuple[Config, Path]]) -> None:
+    """One after the other; rank 1 of each is told to stop after its second step, and all go on."""
+    log = Tracker.log
+
+    def log_and_send(self: Tracker, row: Row) -> None:
+        log(self, row)
+        if os.environ["RANK"] == "1" and row["kind"] == "step" and row["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for config, folder in runs:
+        Tracker.log = log_and_send  # type: ignore[method-assign]
+        try:
+            train(config, folder)
+        except StoppedBySignalError:
+            pass
+        finally:
+            Tracker.log = log  # type: ignore[method-assign]
+        train(config, folder, "must")
 
 
 def train_on_own_disk(config: Config, folder: Path, root: Path, swapped: bool) -> None:

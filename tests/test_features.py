@@ -361,7 +361,7 @@ def test_layers_that_freeze_give_the_same_by_several_processes(tiny: MakeConfig,
 def test_what_is_rounded_is_no_start(recipe: MakeConfig, computed: list[int], tmp_path: Path) -> None:
     train(recipe("features.dtype=bf16"), tmp_path / "run")
     assert set(decisions(tmp_path / "run").values()) == {"cached", "no layer is frozen"}
-    assert sum(computed) == 200 * (2 + 3) + 2 * 120 + stagecache._PROBES * (3 + 1)
+    assert sum(computed) == 200 * (2 + 3) + 2 * 120
 
 
 @pytest.mark.slow

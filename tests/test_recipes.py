@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ from test_distributed import rows, weights
 
 from tlearn.config import Config, DomainAdversarial, Stage
 from tlearn.configfile import load_config
-from tlearn.data.loader import Batch, Share
+from tlearn.data.loader import UNLABELLED, Batch, Share
 from tlearn.data.order import BalancedOrder
 from tlearn.data.prepare import prepare
 from tlearn.data.source import open_source
 from tlearn.data.transforms import Preprocessing
-from tlearn.errors import StoppedBySignalError, TlearnError
+from tlearn.errors import TlearnError
 from tlearn.launch import run_ranks
 from tlearn.models.build import Model, build_model
 from tlearn.models.heads import OneLogit
@@ -80,33 +79,39 @@ def shortened(path: Path, *options: str) -> Config:
     return load_config(path, [*TO_TRY, *small, *lengths, *views, *options])
 
 
+@pytest.fixture(scope="session")
+def recipes(photos: Path, two_classes: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every config, run by one process, and by two that are stopped and go on: NAME/one, NAME/two."""
+    root, configs = tmp_path_factory.mktemp("recipes"), {}
+    for name, path in CONFIGS.items():
+        options = [f"data.path={two_classes if 'binary' in name else photos}"]
+        options += [f"model.backbone={NETWORKS.get(name, 'test_efficientnet')}"]
+        options += [f"objective.teacher={teacher}"] * ("distillation" in name)
+        options += [f"objective.target={two_classes}", "objective.hidden=8"] * ("two_domains" in name)
+        configs[root / name] = shortened(path, *options)
+    for folder, config in configs.items():
+        train(config, folder / "one")
+    run_ranks(ranks.train_each_with_a_stop, ([(config, folder / "two") for folder, config in configs.items()],), 2)
+    return root
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_recipe_is_the_same_by_two_processes_that_were_stopped(
-    photos: Path, two_classes: Path, teacher: Path, tmp_path: Path, name: str
-) -> None:
-    options = [f"data.path={two_classes if 'binary' in name else photos}"]
-    options += [f"model.backbone={NETWORKS.get(name, 'test_efficientnet')}"]
-    options += [f"objective.teacher={teacher}"] * ("distillation" in name)
-    options += [f"objective.target={two_classes}", "objective.hidden=8"] * ("two_domains" in name)
-    config = shortened(CONFIGS[name], *options)
-    train(config, tmp_path / "one")
-    with pytest.raises(StoppedBySignalError):
-        run_ranks(ranks.train_and_send, (config, tmp_path / "two", 1, 2, signal.SIGTERM), 2)
-    run_ranks(train, (config, tmp_path / "two", "must"), 2)
-    one, two = rows(tmp_path / "one", "step"), rows(tmp_path / "two", "step")
+def test_a_recipe_is_the_same_by_two_processes_that_were_stopped(recipes: Path, name: str) -> None:
+    first, second = recipes / name / "one", recipes / name / "two"
+    one, two = rows(first, "step"), rows(second, "step")
     assert len(one) >= 2
     for key in ("step", "batch_hash", "lr"):
         assert [row[key] for row in one] == [row[key] for row in two]
+    assert [row["step"] for row in rows(second, "start")] == [0, 2]
     np.testing.assert_allclose([row["train/loss"] for row in one], [row["train/loss"] for row in two], rtol=1e-9)
-    assert [r["train/top1"] for r in rows(tmp_path / "one", "epoch")] == pytest.approx(
-        [r["train/top1"] for r in rows(tmp_path / "two", "epoch")]
-    )
-    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    accuracies = ([row["train/top1"] for row in rows(folder, "epoch")] for folder in (first, second))
+    assert next(accuracies) == pytest.approx(next(accuracies))
+    a, b = weights(first), weights(second)
     for key, tensor in a.items():
         torch.testing.assert_close(tensor, b[key], rtol=1e-8, atol=1e-10)
-    result = json.loads((tmp_path / "two" / "result.json").read_text())
-    scores = load(tmp_path / "two").evaluate()  # without the layers that an objective adds
+    result = json.loads((second / "result.json").read_text())
+    scores = load(second).evaluate()  # without the layers that an objective adds
     assert scores["val"]["confusion"] == result["val"]["confusion"]
     assert any(key.startswith("beside.") for key in a) == ("distillation" in name or "two_domains" in name)
     if "two_domains" in name:
@@ -231,7 +236,7 @@ def test_the_features_of_two_domains_are_pulled_together_as_the_run_goes_on() ->
     model = Model(net, "x", "random", "head", [], Preprocessing(2, (0, 0, 0), (1, 1, 1)), True)
     config = DomainAdversarial(target="t", hidden=5)
     objective = build_objective(config, model, ("a", "b", "c"), None)
-    labels = torch.tensor([0, 1, 2, -1, -1, -1])
+    labels = torch.tensor([0, 1, 2, UNLABELLED, UNLABELLED, UNLABELLED])
     batch = Batch(torch.randn(6, 3, 2, 2, dtype=torch.float64), labels, labels, labels)
     assert objective.weight(labels) == 3
 
@@ -249,7 +254,7 @@ def test_the_features_of_two_domains_are_pulled_together_as_the_run_goes_on() ->
     torch.testing.assert_close(start["body.weight"], net.get_parameter("body.weight").grad)  # no pull at first
     guesses = model.beside["discriminator"](net.body(batch.images.flatten(1)))[:, 0]
     net.zero_grad()
-    (F.binary_cross_entropy_with_logits(guesses, (labels >= 0).double(), reduction="sum") * 3 / 6).backward()
+    (F.binary_cross_entropy_with_logits(guesses, (labels != UNLABELLED).double(), reduction="sum") * 3 / 6).backward()
     pushed = net.get_parameter("body.weight").grad
     assert pushed is not None
     torch.testing.assert_close(end["body.weight"] - start["body.weight"], -pushed * (2 / (1 + np.exp(-10.0)) - 1))

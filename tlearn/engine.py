@@ -270,7 +270,7 @@ def _finish_epoch(
     progress.stage_epochs += 1
     progress.stage_stale += 1
     if progress.stage_best is None or _rank(score) > _rank(progress.stage_best):
-        progress.stage_best, progress.stage_stale = score, 0
+        progress.stage_best, progress.stage_stale = dict(score), 0
     with average.applied():
         run.saver.keep_best(run.model.weights_alone, progress.best, score)
     run.model.train()

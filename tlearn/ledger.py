@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tlearn.checkpoint import Progress
-from tlearn.data.loader import Batch
+from tlearn.data.loader import UNLABELLED, Batch
 from tlearn.data.order import mix_array
 from tlearn.errors import DivergedError
 from tlearn.runtime import Runtime
@@ -93,7 +93,7 @@ class Ledger:
             "step": progress.step,
             "samples": progress.samples,
             "n": len(labels),
-            "labelled": int((labels >= 0).sum()),
+            "labelled": int((labels != UNLABELLED).sum()),
             "lr": rates,
         }
         keys = [batch.keys for batch in micro_batches]

@@ -19,7 +19,7 @@ from torch import nn
 from tlearn.config import Distillation as DistillationConfig
 from tlearn.config import DomainAdversarial as DomainAdversarialConfig
 from tlearn.config import Objective as ObjectiveConfig
-from tlearn.data.loader import Batch
+from tlearn.data.loader import UNLABELLED, Batch
 from tlearn.data.mixing import neighbours
 from tlearn.data.transforms import Preprocessing
 from tlearn.errors import TlearnError
@@ -47,7 +47,7 @@ class Objective(nn.Module):
     """Share of the run that is over, 0 to 1; the engine sets it before every step."""
 
     def weight(self, labels: torch.Tensor) -> float:
-        """What the loss sum of samples with these labels, (n,) int64, is divided by; -1: without a label."""
+        """What the loss sum of samples with these labels, (n,) int64, is divided by."""
         raise NotImplementedError
 
 
@@ -87,16 +87,16 @@ class Supervised(Objective):
     def _losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """(b,), weighted; 0 where there is no label."""
         losses = F.cross_entropy(
-            logits, labels, reduction="none", label_smoothing=self.label_smoothing, ignore_index=-1
+            logits, labels, reduction="none", label_smoothing=self.label_smoothing, ignore_index=UNLABELLED
         )
         if self.class_weight is not None:
             # not cross_entropy's own `weight`: with smoothing it also weights the other classes' terms
-            losses = losses * self.class_weight[labels].to(losses.dtype)
+            losses = losses * self.class_weight[labels.clamp(min=0)].to(losses.dtype)
         return losses
 
     def weight(self, labels: torch.Tensor) -> float:
         """Sum of the samples' class weights."""
-        labels = labels[labels >= 0]
+        labels = labels[labels != UNLABELLED]
         if self._weight_on_cpu is None:
             return float(len(labels))
         return float(self._weight_on_cpu[labels].sum())
@@ -173,7 +173,7 @@ class DomainAdversarial(Supervised):
         loss, correct = self.score(_wide(self.net(batch.images)), batch)
         strength = self.strength * (2 / (1 + math.exp(-10 * self.time)) - 1)
         guesses = _wide(self._discriminator[0](_Reversed.apply(self._seen.value, strength)))[:, 0]
-        labelled = (batch.labels >= 0).to(guesses.dtype)
+        labelled = (batch.labels != UNLABELLED).to(guesses.dtype)
         domains = F.binary_cross_entropy_with_logits(guesses, labelled, reduction="sum")
         return LossSum(loss + self._per_sample(batch) * domains, correct)
 

@@ -93,7 +93,7 @@ def train(
             show(plan_table(made))
         show_stages(stages, plan, {name: p.numel() for name, p in model.net.named_parameters()})
 
-        with run.tracker, run.saver, closing(run.val_loader), _stopped_in(run), handled_by(runtime.stop.set):
+        with run.tracker, run.saver, closing(run.val_loader), handled_by(runtime.stop.set), _stopped_in(run):
             if progress.stage < len(stages):
                 run.tracker.log(runtime.start_row() | {"step": progress.step, "samples": progress.samples})
             features = Features(config, runtime, model, source, progress, stages, plan)

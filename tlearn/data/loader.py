@@ -40,6 +40,9 @@ START_METHOD = "fork" if sys.platform == "linux" else None
 """Of the loader workers. A fork takes milliseconds; other ways, Python's choice elsewhere, import torch each time."""
 
 
+UNLABELLED = -100
+"""Label of an image that has none; torch's losses leave it out too."""
+
 EVAL_IMAGES = 32
 """Images that a process evaluates at once."""
 

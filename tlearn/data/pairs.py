@@ -7,9 +7,7 @@ from contextlib import closing, contextmanager
 
 import torch
 
-from tlearn.data.loader import Batch, Steps
-
-UNLABELLED = -1
+from tlearn.data.loader import UNLABELLED, Batch, Steps
 
 
 class PairedSteps:
