@@ -6,7 +6,7 @@
 
 speed: seconds per epoch (training and evaluation, without the filling of the store), medians over rounds in which the
 two ways take turns; and a head-only step against a full one without a store, with the peak memory of the process.
-recipes: whole runs with the same seed, from an empty store; half as many epochs on the larger set.
+recipes: whole runs with the same seed, from an empty store; half as many epochs and views on the larger set.
 bf16: val top-1 over seeds, of the recipe of two stages, stored as it is computed and rounded to bf16.
 """
 
@@ -41,7 +41,8 @@ STAGES = {
     "all layers": "{name: all, epochs: %d, train: [[head, 1.0], ['.*', 0.1]]}",
 }
 RECIPES = [[("head", 24)], [("head", 12), ("last block", 12)], [("head", 12), ("last block", 8), ("all layers", 4)]]
-SHARE_OF_EPOCHS = {"tux10": 1.0, "openclipart10": 0.5}
+SETS = {"tux10": (1.0, 4), "openclipart10": (0.5, 2)}
+"""Share of these epochs, and views."""
 GOALS = {"head": 50, "last block": 3}
 
 
@@ -91,9 +92,10 @@ def speed(folder: Path, data: Path, rounds: int) -> None:
         print(f"| {stage} | {statistics.median(rates):.0f} | {statistics.median(peaks):.0f} |", flush=True)
 
 
-def recipes(folder: Path, data: Path, share: float) -> None:
+def recipes(folder: Path, data: Path, share: float, views: int) -> None:
     """Print a table."""
-    print("| epochs, 4 views, 128 px | computed, s | val top-1 | stored, s | val top-1 | stored bf16, s | val top-1 |")
+    cells = [cell for way in ("computed", "stored", "stored bf16") for cell in (f"{way}, s", "val top-1")]
+    print(f"| epochs, {views} views, 128 px | {' | '.join(cells)} |")
     print("|---|---|---|---|---|---|---|")
     ways = (("features.cache=off",), ("features.cache=auto",), ("features.cache=auto", "features.dtype=bf16"))
     for recipe in RECIPES:
@@ -101,7 +103,7 @@ def recipes(folder: Path, data: Path, share: float) -> None:
         cells = []
         for way in ways:
             shutil.rmtree(folder / "cache", ignore_errors=True)
-            done = run(folder / "run", data, stages, *way, "data.augment.views=4")
+            done = run(folder / "run", data, stages, *way, f"data.augment.views={views}")
             val = done["result"]["val"]
             low, high = val["top1_interval95"]
             cells.append(f"{done['seconds']:.0f} | {100 * val['top1']:.1f} ({100 * low:.0f} to {100 * high:.0f})")
@@ -126,7 +128,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=Path("demo/frozen"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--set", default="tux10", choices=list(SHARE_OF_EPOCHS))
+    parser.add_argument("--set", default="tux10", choices=list(SETS))
     arguments = parser.parse_args()
     pictures = make(arguments.set, arguments.folder / arguments.set)
     data = prepare(pictures, arguments.folder / f"{arguments.set}-data", Options(val=0.3)).root
@@ -135,7 +137,7 @@ def main() -> None:
     elif arguments.what == "bf16":
         bf16(arguments.folder, data, arguments.seeds)
     else:
-        recipes(arguments.folder, data, SHARE_OF_EPOCHS[arguments.set])
+        recipes(arguments.folder, data, *SETS[arguments.set])
 
 
 if __name__ == "__main__":
