@@ -452,7 +452,7 @@ def test_a_full_disk_is_no_reason_to_stop(recipe: MakeConfig, tmp_path: Path, mo
 
 @pytest.mark.slow
 def test_a_quota_that_shows_late_is_none_either(
-    recipe: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: MakeConfig, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, calls = os.pwrite, [0]
 
@@ -463,6 +463,7 @@ def test_a_quota_that_shows_late_is_none_either(
     monkeypatch.setattr(os, "pwrite", full)
     train(recipe(), tmp_path / "run")
     assert "No space left on device" in decisions(tmp_path / "run")["head"]
+    assert not list(cache.glob("*/train.0.rows"))  # else there would be no room for checkpoints
 
 
 @pytest.mark.slow

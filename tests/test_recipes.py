@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,13 @@ from test_distributed import rows, weights
 
 from tlearn.config import Config, DomainAdversarial, Stage
 from tlearn.configfile import load_config
-from tlearn.data.loader import UNLABELLED, Batch, Share
-from tlearn.data.order import BalancedOrder
+from tlearn.data.loader import Batch, Share
+from tlearn.data.order import BalancedOrder, batch_range, steps_per_epoch
 from tlearn.data.prepare import prepare
+from tlearn.data.shards import UNLABELLED
 from tlearn.data.source import open_source
 from tlearn.data.transforms import Preprocessing
-from tlearn.errors import TlearnError
+from tlearn.errors import StoppedBySignalError, TlearnError
 from tlearn.launch import run_ranks
 from tlearn.models.build import Model, build_model
 from tlearn.models.heads import OneLogit
@@ -32,6 +36,7 @@ from tlearn.objectives import CLASS_WEIGHTS, build_objective
 from tlearn.predict import load
 from tlearn.run import train
 from tlearn.stages import resolve
+from tlearn.tracking import Tracker
 from tlearn.trained import load_trained
 
 MakeConfig = Callable[..., Config]
@@ -105,8 +110,12 @@ def test_a_recipe_is_the_same_by_two_processes_that_were_stopped(recipes: Path, 
         assert [row[key] for row in one] == [row[key] for row in two]
     assert [row["step"] for row in rows(second, "start")] == [0, 2]
     np.testing.assert_allclose([row["train/loss"] for row in one], [row["train/loss"] for row in two], rtol=1e-9)
-    accuracies = ([row["train/top1"] for row in rows(folder, "epoch")] for folder in (first, second))
-    assert next(accuracies) == pytest.approx(next(accuracies))
+    for key in ("train/top1", "val/loss@32"):
+        values = ([row[key] for row in rows(folder, "epoch")] for folder in (first, second))
+        assert next(values) == pytest.approx(next(values), rel=1e-8)
+    kept = [load_file(folder / "best" / "model.safetensors") for folder in (first, second)]
+    for key, tensor in kept[0].items():  # of the average, where there is one
+        torch.testing.assert_close(tensor, kept[1][key], rtol=1e-8, atol=1e-10)
     a, b = weights(first), weights(second)
     for key, tensor in a.items():
         torch.testing.assert_close(tensor, b[key], rtol=1e-8, atol=1e-10)
@@ -220,6 +229,60 @@ def test_a_perfect_student_has_nothing_to_learn_from_its_teacher(tiny: MakeConfi
     assert float(objective(batch).loss.detach()) > 0.01
 
 
+def test_distillation_is_the_formula(tiny: MakeConfig, teacher: Path) -> None:
+    options = f"{{name: distillation, teacher: {teacher}, alpha: 0.3, temperature: 2.0, features: 0.5}}"
+    config = tiny(f"objective={options}", "objective.class_weight=inverse")
+    trained = load_trained(teacher)
+    net = load_trained(teacher).net
+    with torch.no_grad():
+        net.get_parameter(f"{trained.head}.weight").normal_(generator=torch.Generator().manual_seed(0))
+        net.get_parameter("conv1.0.weight").mul_(1.5)
+    model = Model(net, "x", "random", trained.head, [], trained.card.preprocessing, True)
+    objective = build_objective(config.objective, model, trained.card.classes, np.arange(1, 11)).eval()
+    labels, images = torch.tensor([0, 3, 9, 9]), torch.randn(4, 3, 40, 40)
+    got = objective(Batch(images, labels, labels, labels)).loss / objective.weight(labels)
+
+    seen: list[torch.Tensor] = []
+    for network in (net, trained.net):
+        network.get_submodule(trained.head).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    mine, theirs = net(images), trained.net(images)
+    weight = 55 / (10 * torch.arange(1.0, 11))[labels]
+    hard = (F.cross_entropy(mine, labels, reduction="none") * weight).sum() / weight.sum()
+    target = (theirs / 2).softmax(1)
+    soft = (target * (target.log() - (mine / 2).log_softmax(1))).sum(1).mean()
+    hints = (seen[0] - seen[1]).square().mean()
+    torch.testing.assert_close(got, 0.7 * hard + 0.3 * 4 * soft + 0.5 * hints, rtol=1e-4, atol=1e-5)
+    assert float(hints) > 1e-4
+
+
+@pytest.mark.parametrize("unit", [1, 2])
+def test_no_micro_batch_is_larger_than_was_asked_for(unit: int) -> None:
+    for batch, n, world, micro in itertools.product((20, 26, 27), (187, 200), (1, 2, 3), (2, 4, 5, 13)):
+        share = Share(batch, 0, world, unit=unit).in_parts_of(micro, n)
+        steps = steps_per_epoch(n, batch)
+        for step in range(steps):
+            start, stop = batch_range(step, n, batch)
+            parts = [
+                replace(share, rank=rank).part(start, stop, m) for rank in range(world) for m in range(share.accumulate)
+            ]
+            assert [a for a, _ in parts] == [start, *(b for _, b in parts[:-1])]
+            assert parts[-1][1] == stop
+            assert max(b - a for a, b in parts) <= min(micro, share.largest_part(n))
+            assert min(b - a for a, b in parts) >= share.smallest_part(n) - (unit - 1)
+
+
+def test_an_image_that_comes_twice_in_an_epoch_is_changed_in_two_ways(tiny: MakeConfig, two_classes: Path) -> None:
+    source = open_source(tiny(f"data.path={two_classes}", "data.sampling=balanced"))
+    p = Preprocessing(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    loader = source.train_loader(p, Share(32), torch.device("cpu"), torch.float32)
+    with loader.steps(0, 1) as steps:
+        (batch,) = next(iter(steps))
+    keys = batch.keys.tolist()
+    again = [(keys.index(key), i) for i, key in enumerate(keys) if keys.index(key) < i]
+    assert len(again) == 4  # of 12 images on 16 places
+    assert not any(torch.equal(batch.images[a], batch.images[b]) for a, b in again)
+
+
 class Small(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -261,15 +324,31 @@ def test_the_features_of_two_domains_are_pulled_together_as_the_run_goes_on() ->
 
 
 @pytest.mark.slow
-def test_a_stage_that_gets_no_better_ends_and_the_next_one_follows(tiny: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop_at", [None, 10, 21])
+def test_a_stage_that_gets_no_better_ends_and_the_next_one_follows(
+    tiny: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int | None
+) -> None:
     stages = (
         "stages=[{name: still, epochs: 9, train: [['.*', 1.0]], optimizer: {name: sgd, lr: 1.0e-12}, patience: 2},"
         "{name: last, epochs: 2, train: [['.*', 1.0]]}]"
     )
-    train(tiny(stages, "model.batch_norm=frozen"), tmp_path / "run")
+    config, log = tiny(stages, "model.batch_norm=frozen", "ema=0.9"), Tracker.log
+
+    def log_and_stop(self: Tracker, row: dict[str, Any]) -> None:
+        log(self, row)
+        if row["kind"] == ("epoch" if stop_at == 21 else "step") and row["step"] == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+
+    if stop_at is not None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Tracker, "log", log_and_stop)
+            with pytest.raises(StoppedBySignalError):
+                train(config, tmp_path / "run")
+    train(config, tmp_path / "run")
     epochs = [(row["stage"], row["epoch"]) for row in rows(tmp_path / "run", "epoch")]
     assert epochs == [("still", 0), ("still", 1), ("still", 2), ("last", 9), ("last", 10)]
-    assert "stage still ends: 2 epochs were no better" in (tmp_path / "run" / "log.txt").read_text()
+    if stop_at != 21:  # else it had ended before
+        assert "stage still ends: 2 epochs were no better" in (tmp_path / "run" / "log.txt").read_text()
 
 
 @pytest.mark.slow
@@ -293,6 +372,8 @@ def test_the_average_of_the_weights_is_what_is_scored_and_kept(tiny: MakeConfig,
     kept = load_file(tmp_path / "run" / "best" / "model.safetensors")
     torch.testing.assert_close(kept[name], average, rtol=1e-5, atol=1e-7)
     assert not torch.allclose(kept[name], by_step[7][name], rtol=1e-3)
+    scored = load(tmp_path / "run").evaluate()["val"]["loss"]
+    assert rows(tmp_path / "run", "epoch")[0]["val/loss@32"] == pytest.approx(scored, rel=1e-5)
 
 
 def load_trained_start(config: Config) -> dict[str, torch.Tensor]:

@@ -224,7 +224,8 @@ class Batch(Section):
     size: int = Field(32, ge=1)
     """Images per optimizer step over all processes: the only batch knob."""
     micro: int | None = Field(None, ge=1)
-    """At most this many images per process at once; the rest of the batch is accumulated. Default: no limit."""
+    """At most this many images per process at once (of each domain, where there are two); the rest of the batch is
+    accumulated. Default: no limit."""
     find: bool = False
     """Halve `micro` at the start of a stage until a step fits the memory of every process."""
 
@@ -375,6 +376,8 @@ class Config(Section):
                 f"strategy scratch trains random weights, but model.weights is {self.model.weights!r}: "
                 "set model.weights=random, or strategy=full to fine-tune them"
             )
+        if self.data.sampling == "balanced" and self.objective.class_weight != "none":
+            raise ValueError("data.sampling: balanced and objective.class_weight correct the same twice; choose one")
         mixes = self.data.augment.mixup > 0 or self.data.augment.cutmix > 0
         alone = not (mixes or self.batch.find or self.data.reader == "stream")
         if self.objective.name == "domain_adversarial" and not alone:

@@ -122,7 +122,7 @@ def run_stage(
     check_replicas(runtime, model.net, f"at the start of stage {stage.name}")
     optimizer = build_optimizer(stage.optimizer, model.net, multipliers)
     load_named_state(optimizer, optimizer_state)
-    average = WeightAverage(model.net, config.ema, optimizer_state)
+    average = WeightAverage(model.net, model.moving_statistics, config.ema, optimizer_state)
     shell, stepper = runtime.prepare(Shell(run.objective), optimizer)
     runtime.load_scaler(progress.scaler)
     model.net.eval()  # the next two lines must not move statistics

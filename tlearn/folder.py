@@ -45,7 +45,11 @@ FREE_TO_CHANGE = (
 are the same shows their fingerprint.)"""
 
 SAFE_TO_CHANGE = (
-    *("batch.micro", "batch.find", "clip_norm", "precision", "objective.", "data.augment.", "model.dropout"),
+    *("batch.micro", "batch.find", "clip_norm", "precision", "data.augment.", "model.dropout"),
+    *(
+        f"objective.{name}"
+        for name in ("label_smoothing", "class_weight", "alpha", "temperature", "strength", "teacher")
+    ),
     *("optimizer.", "schedule.", "strategy", "epochs"),  # for stages that name no other
 )
 """Options that a run may change on the way, with --override: what was trained and where it stands keep their meaning.

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from tlearn.checkpoint import Progress
-from tlearn.data.loader import UNLABELLED, Batch
+from tlearn.data.loader import Batch
 from tlearn.data.order import mix_array
+from tlearn.data.shards import UNLABELLED
 from tlearn.errors import DivergedError
 from tlearn.runtime import Runtime
 from tlearn.saver import Saver

@@ -19,8 +19,9 @@ from torch import nn
 from tlearn.config import Distillation as DistillationConfig
 from tlearn.config import DomainAdversarial as DomainAdversarialConfig
 from tlearn.config import Objective as ObjectiveConfig
-from tlearn.data.loader import UNLABELLED, Batch
+from tlearn.data.loader import Batch
 from tlearn.data.mixing import neighbours
+from tlearn.data.shards import UNLABELLED
 from tlearn.data.transforms import Preprocessing
 from tlearn.errors import TlearnError
 from tlearn.models.build import Model
@@ -147,7 +148,7 @@ class Distillation(Supervised):
         )
         beside = self.alpha * t * t * soft
         if self.features:
-            mine = self._projection[0](self._seen.value)
+            mine = self._projection[0](self._seen.take())
             beside = beside + self.features * (_wide(mine) - hints).square().mean(1).sum()
         return LossSum((1 - self.alpha) * loss + self._per_sample(batch) * beside, correct)
 
@@ -172,7 +173,7 @@ class DomainAdversarial(Supervised):
         """See `Supervised`."""
         loss, correct = self.score(_wide(self.net(batch.images)), batch)
         strength = self.strength * (2 / (1 + math.exp(-10 * self.time)) - 1)
-        guesses = _wide(self._discriminator[0](_Reversed.apply(self._seen.value, strength)))[:, 0]
+        guesses = _wide(self._discriminator[0](_Reversed.apply(self._seen.take(), strength)))[:, 0]
         labelled = (batch.labels != UNLABELLED).to(guesses.dtype)
         domains = F.binary_cross_entropy_with_logits(guesses, labelled, reduction="sum")
         return LossSum(loss + self._per_sample(batch) * domains, correct)
@@ -195,11 +196,15 @@ class _Tap:
     """Holds what went into a layer last."""
 
     def __init__(self, layer: nn.Module) -> None:
-        self.value = torch.empty(0)
+        self._seen: list[torch.Tensor] = []
         layer.register_forward_pre_hook(self._look)
 
     def _look(self, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        self.value = inputs[0]
+        self._seen = [inputs[0]]
+
+    def take(self) -> torch.Tensor:
+        """It, and hold it no longer: a graph hangs on it."""
+        return self._seen.pop()
 
 
 class _Teacher:
@@ -224,7 +229,7 @@ class _Teacher:
         images = (images * std + mean - theirs) / spread
         if images.shape[-1] != self.p.size_px:
             images = F.interpolate(images, size=(self.p.size_px, self.p.size_px), mode="bilinear", antialias=True)
-        return _wide(self.net(images)), _wide(self._seen.value)
+        return _wide(self.net(images)), _wide(self._seen.take())
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -102,17 +102,26 @@ def load_named_state(optimizer: torch.optim.Optimizer, state: Mapping[str, torch
 class WeightAverage:
     """Exponential moving average of the weights that train (Polyak & Juditsky 1992): those of the last steps smoothed.
 
-    What stands still in a stage is not averaged.
+    With them BatchNorm's running statistics, which belong to them. What stands still in a stage is not averaged.
 
     Args:
         net: the network.
+        moving: its buffers that change in training.
         decay: of the average, per step; None: there is none.
         state: by `NAME/ema`, of the stage before or of a checkpoint.
     """
 
-    def __init__(self, net: nn.Module, decay: float | None, state: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        moving: Sequence[torch.Tensor],
+        decay: float | None,
+        state: Mapping[str, torch.Tensor],
+    ) -> None:
         self.decay = decay
-        self.weights = {n: p for n, p in net.named_parameters() if p.requires_grad} if decay else {}
+        changing = {id(buffer) for buffer in moving if buffer.is_floating_point()}
+        tensors = [*net.named_parameters(), *net.named_buffers()] if decay else []
+        self.weights = {name: tensor for name, tensor in tensors if tensor.requires_grad or id(tensor) in changing}
         self.averages = {
             name: torch.empty_like(p).copy_(state.get(f"{name}/{_AVERAGE}", p.detach()))
             for name, p in self.weights.items()

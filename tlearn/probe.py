@@ -76,7 +76,7 @@ def probe(config: Config, classifier: Classifier) -> dict[str, Any]:
     if config.data.reader != "indexed":
         raise TlearnError("data.reader: a probe needs an index; prepare the data")
     source = Indexed(config)
-    model = build_model(config, len(source.classes), None)
+    model = build_model(config, len(source.classes), None, source.colours)
     runtime.set_precision(choose_precision(config.precision, runtime.device, model)[0])
     model.net.to(runtime.device)
     x, y = _features(config, runtime, model, source)

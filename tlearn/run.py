@@ -7,6 +7,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tlearn import checkpoint
 from tlearn.auto import decided
 from tlearn.checkpoint import Progress
@@ -69,6 +71,7 @@ def train(
         _check_precision(precision, runtime)
         runtime.set_precision(precision)
         asked, config = config.model.weights, _resolved(config, model, precision)
+        torch.manual_seed(config.seed)  # rank 0 may have drawn numbers to measure precisions
         objective = build_objective(config.objective, model, source.classes, source.per_class)
         stages, plan = _planned(config, model, source, share)
         changes = runtime.on_main(lambda: place.changes(found, config, source.fingerprint, override=override))

@@ -114,13 +114,17 @@ class StageCache:
             self._wait_for_others()
             _raise_if(runtime.on_main(self._allocate))
             token = runtime.on_main(self._leave_token)
+            if token is None:
+                raise NoCutError(f"{self.folder}: nothing can be written there")
             if not all(runtime.gather_lists([_content(self.folder / "token") == token])):
                 runtime.on_main(self._discard)
                 raise NoCutError(f"not all machines see {self.root}; set TLEARN_CACHE to a folder on a shared disk")
             with ExitStack() as starting:
                 trouble = self._fill(lambda: start(starting))
             # and wait until all rows are there
-            _raise_if(next((t for t in runtime.gather_lists([trouble]) if t), None))
+            if troubles := [t for t in runtime.gather_lists([trouble]) if t]:
+                runtime.on_main(self._discard)
+                raise NoCutError(troubles[0])
             self._raise_if_stopped()
             for store in self.stores.values():
                 store.open()
@@ -221,16 +225,20 @@ class StageCache:
             is_new = [store.allocate() for store in self.stores.values()]
             if any(is_new) and shutil.disk_usage(self.root).free < _RESERVE_BYTES:
                 raise OSError(errno.ENOSPC, "less than 1 GiB would be left for checkpoints")
-            write_json(self.folder / "about.json", self.about)
+            if any(is_new):
+                write_json(self.folder / "about.json", self.about)
         except OSError as error:
             self._discard()
             return f"{error.filename or self.folder}: {error.strerror}"
         return None
 
-    def _leave_token(self) -> str:
+    def _leave_token(self) -> str | None:
         """By which other machines tell that it is this folder that they see, and not their own of the same name."""
         token = secrets.token_hex(16)
-        write_text(self.folder / "token", token)
+        try:
+            write_text(self.folder / "token", token)
+        except OSError:
+            return None
         return token
 
     def _release(self) -> None:
@@ -358,7 +366,7 @@ class _Stored(MicroBatches):
         super().__init__(split, order, _no_image, share, 0, 0, len(stores))
         self.stores = stores
 
-    def _inputs(self, samples: Array, view: int) -> torch.Tensor:
+    def _inputs(self, samples: Array, view: int, first: int) -> torch.Tensor:
         return self.stores[view].read(samples)
 
 

@@ -39,10 +39,6 @@ from tlearn.errors import TlearnError
 START_METHOD = "fork" if sys.platform == "linux" else None
 """Of the loader workers. A fork takes milliseconds; other ways, Python's choice elsewhere, import torch each time."""
 
-
-UNLABELLED = -100
-"""Label of an image that has none; torch's losses leave it out too."""
-
 EVAL_IMAGES = 32
 """Images that a process evaluates at once."""
 
@@ -102,9 +98,9 @@ class Share:
         return start + first * self.unit, min(stop, start + last * self.unit)
 
     def in_parts_of(self, micro: int | None, n: int) -> Share:
-        """The share cut into micro-batches of at most `micro` images (None: not cut), in an epoch of n images."""
-        largest = replace(self, accumulate=1).largest_part(n)
-        return replace(self, accumulate=-(-largest // (micro or largest)))
+        """The share cut into micro-batches of at most `micro` images (or one unit), in an epoch of n; None: not cut."""
+        units = replace(self, accumulate=1).largest_part(n) // self.unit
+        return replace(self, accumulate=-(-units // max(1, (micro or n) // self.unit)))
 
     def largest_part(self, n: int) -> int:
         """Images in the largest micro-batch of any process in an epoch of n."""
@@ -189,6 +185,8 @@ class MicroBatches(Dataset[Any]):
     ) -> None:
         self.split, self.order, self.transform, self.share = split, order, transform, share
         self.seed, self.size_px, self.views, self.mixing = seed, size_px, views, mixing
+        # so that an image that comes twice in an epoch is changed in two ways
+        self.by_position = isinstance(order, BalancedOrder) and views is None
 
     def __getitem__(self, at: Position) -> tuple[torch.Tensor, ...] | TlearnError:
         try:
@@ -203,7 +201,7 @@ class MicroBatches(Dataset[Any]):
         samples = everyones[mine[0] - start : mine[1] - start]
         rows = self.split.rows[samples]
         batch = (
-            self._inputs(samples, at.epoch % self.views if self.views else at.epoch),
+            self._inputs(samples, at.epoch % self.views if self.views else at.epoch, mine[0]),
             torch.from_numpy(rows["label"].astype(np.int64)),
             torch.from_numpy(rows["key"].astype(np.uint64).view(np.int64)),
             torch.from_numpy(self.split.rows["label"][everyones].astype(np.int64)),
@@ -213,12 +211,12 @@ class MicroBatches(Dataset[Any]):
         key = mix(self.seed, at.epoch, at.step)
         return *batch, *draw(self.mixing, key, mine[0] - start, mine[1] - start, stop - start, self.size_px)
 
-    def _inputs(self, samples: Array, view: int) -> torch.Tensor:
-        """What the network is given of these samples: (b, 3, S, S) uint8."""
+    def _inputs(self, samples: Array, view: int, first: int) -> torch.Tensor:
+        """What the network is given of these samples, the first at this position: (b, 3, S, S) uint8."""
         images = np.empty((len(samples), 3, self.size_px, self.size_px), dtype=np.uint8)
         keys = self.split.rows["key"][samples]
         for j, (i, key) in enumerate(zip(samples.tolist(), keys.tolist(), strict=True)):
-            images[j] = self._image(i, mix(self.seed, view, key))
+            images[j] = self._image(i, mix(self.seed, view, key, *([first + j] if self.by_position else [])))
         return torch.from_numpy(images)
 
     def _image(self, i: int, seed: int) -> Pixels:

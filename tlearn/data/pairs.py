@@ -7,7 +7,8 @@ from contextlib import closing, contextmanager
 
 import torch
 
-from tlearn.data.loader import UNLABELLED, Batch, Steps
+from tlearn.data.loader import Batch, Steps
+from tlearn.data.shards import UNLABELLED
 
 
 class PairedSteps:

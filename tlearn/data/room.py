@@ -84,7 +84,11 @@ def _make_room(root: Path, mine: Path, limit: float) -> bool:
 
 
 def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.iterdir())
+    total = 0
+    for file in path.iterdir():
+        with suppress(FileNotFoundError):  # it was written aside, and is in its place now
+            total += file.stat().st_size
+    return total
 
 
 def _last_use(path: Path) -> float:

@@ -29,6 +29,8 @@ from tlearn.files import sha256, write_json
 INDEX = "index.json"
 FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
+UNLABELLED = -100
+"""Label of an image that has none; torch's losses leave it out too."""
 SAMPLE = np.dtype([("key", "<u8"), ("offset", "<i8"), ("size", "<u4"), ("shard", "<i4"), ("label", "<i4")])
 """A row of the sample table; `key` is the first 8 bytes of the SHA-256 of the source file."""
 

@@ -165,7 +165,9 @@ class WithTarget:
 
     def __init__(self, config: Config, target: str) -> None:
         self.source = Indexed(config)
-        data = config.data.model_copy(update={"path": target, "max_train": None, "max_val": None})
+        data = config.data.model_copy(
+            update={"path": target, "max_train": None, "max_val": None, "sampling": "natural"}
+        )
         self.target = Indexed(config.model_copy(update={"data": data}))
         if self.target.sizes["train"] < config.batch.size:
             raise TlearnError(

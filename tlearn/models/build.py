@@ -154,11 +154,16 @@ class Card:
             raise TlearnError(f"{path}: damaged ({error}); restore the file, or train again") from None
 
 
+_LUMA = (0.299, 0.587, 0.114)
+"""Of red, green and blue in grey (ITU-R BT.601), as Pillow converts them."""
+
+
 def _own(p: Preprocessing, colours: tuple[Colour, Colour] | None, weights: str) -> Preprocessing:
     assert colours is not None
     mean, std = colours
     if p.grey:
-        mean, std = (sum(mean) / 3,) * 3, (sum(std) / 3,) * 3
+        # the deviation as if the channels went together, as they do in most images
+        mean, std = ((sum(w * x for w, x in zip(_LUMA, colour, strict=True)),) * 3 for colour in (mean, std))
     if min(std) <= 0:
         raise TlearnError("data.normalise = 'own': the train images are all of one colour; use weights")
     if weights != "random":
