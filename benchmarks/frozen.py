@@ -1,8 +1,8 @@
 """What frozen layers cost: with every layer computing in every step, and with their outputs stored.
 
-    python benchmarks/frozen.py speed [--rounds 3] [WORK_FOLDER]      about 6 minutes on 2 cores
-    python benchmarks/frozen.py recipes [--set tux10] [WORK_FOLDER]   about 7 minutes on 2 cores; openclipart10: 20
-    python benchmarks/frozen.py bf16 [--seeds 5] [WORK_FOLDER]        about 5 minutes on 2 cores
+    python benchmarks/frozen.py speed [WORK_FOLDER] [--rounds 3]      about 6 minutes on 2 cores
+    python benchmarks/frozen.py recipes [WORK_FOLDER] [--set tux10]   about 7 minutes on 2 cores; openclipart10: 20
+    python benchmarks/frozen.py bf16 [WORK_FOLDER] [--seeds 5]        about 5 minutes on 2 cores
 
 speed: seconds per epoch (training and evaluation, without the filling of the store), medians over rounds in which the
 two ways take turns; and a head-only step against a full one without a store, with the peak memory of the process.
