@@ -207,7 +207,7 @@ def test_a_teacher_must_know_the_same_classes(
     options = (f"objective={{name: distillation, teacher: {teacher}}}", f"data.path={two_classes}", "batch.size=8")
     with pytest.raises(TlearnError, match=r"objective\.teacher: knows other classes \(astronaut"):
         train(tiny(*options), tmp_path / "run")
-    with pytest.raises(TlearnError, match="holds no trained model"):
+    with pytest.raises(TlearnError, match=r"objective\.teacher: nowhere: holds no trained model"):
         train(tiny("objective={name: distillation, teacher: nowhere}"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -410,6 +410,12 @@ def test_what_looks_at_images_is_fed_with_images(
     own = [option.replace("TARGET", str(two_classes)) for option in options]
     with pytest.raises(TlearnError, match=f"features.cache: on: stage head: {reason}"):
         train(tiny(*own, "strategy=feature_extraction", "features.cache=on", "data.augment.views=1"), tmp_path / "run")
+
+
+def test_a_target_that_is_not_there_is_named_by_its_own_option(tiny: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(TlearnError, match=r"objective\.target: nowhere: no such folder"):
+        train(tiny("objective={name: domain_adversarial, target: nowhere}"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_preset_fills_in_what_is_not_given(tiny: MakeConfig) -> None:

@@ -118,7 +118,10 @@ class Distillation(Supervised):
     def __init__(self, model: Model, config: DistillationConfig, class_weight: torch.Tensor | None) -> None:
         super().__init__(model, config, class_weight)
         self.alpha, self.temperature, self.features = config.alpha, config.temperature, config.features
-        trained = load_trained(Path(config.teacher))
+        try:
+            trained = load_trained(Path(config.teacher))
+        except TlearnError as error:
+            raise TlearnError(f"objective.teacher: {error}; it is needed to go on, too") from None
         # in a tuple: the teacher is no part of this module, so neither checkpoints nor the optimizer know of it
         self._teacher = (_Teacher(trained, model.preprocessing),)
         if self.features:

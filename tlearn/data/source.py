@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -164,6 +165,8 @@ class WithTarget:
     """
 
     def __init__(self, config: Config, target: str) -> None:
+        if not Path(target).expanduser().is_dir():
+            raise TlearnError(f"objective.target: {target}: no such folder; give one as for data.path")
         self.source = Indexed(config)
         data = config.data.model_copy(
             update={"path": target, "max_train": None, "max_val": None, "sampling": "natural"}
