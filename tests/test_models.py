@@ -116,7 +116,7 @@ BLOCKS = [
 @pytest.mark.parametrize(("backbone", "count", "last"), BLOCKS)
 def test_blocks_cover_every_parameter_but_the_head_once_and_in_order(backbone: str, count: int, last: str) -> None:
     net = meta(backbone)
-    head = replace_head(net, lambda features: nn.Linear(features, 5))
+    head = replace_head(net, lambda old: nn.Linear(old.in_features, 5))
     blocks = blocks_of(net, head)
 
     flat = [name for block in blocks for name in block]

@@ -32,6 +32,8 @@ WITHIN_A_ROW = {
     ("configfile", "config"),
     ("configfile", "dataconfig"),
     ("config", "dataconfig"),
+    ("config", "modelconfig"),
+    ("modelconfig", "dataconfig"),
     ("profile", "dataconfig"),
     ("models", "data"),
     ("features", "stagecache"),
@@ -62,7 +64,7 @@ PACKAGES = {
         "pairs",
         "source",
     ),
-    "models": ("weights", "reach", "backbones", "hybrid", "stem", "attention", "heads", "build", "cut"),
+    "models": ("weights", "reach", "backbones", "hybrid", "stem", "attention", "heads", "text", "build", "cut"),
 }
 """Modules of a package from the bottom up: each imports only those before it."""
 

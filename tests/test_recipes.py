@@ -25,7 +25,7 @@ from tlearn.configfile import load_config
 from tlearn.data.loader import Batch, Share
 from tlearn.data.order import BalancedOrder, batch_range, steps_per_epoch
 from tlearn.data.prepare import prepare
-from tlearn.data.shards import UNLABELLED
+from tlearn.data.shards import UNLABELLED, read_index
 from tlearn.data.source import open_source
 from tlearn.data.transforms import Preprocessing
 from tlearn.errors import StoppedBySignalError, TlearnError
@@ -88,10 +88,13 @@ def shortened(path: Path, *options: str) -> Config:
 def recipes(photos: Path, two_classes: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every config, run by one process, and by two that are stopped and go on: NAME/one, NAME/two."""
     root, configs = tmp_path_factory.mktemp("recipes"), {}
+    classes = read_index(photos).classes
+    np.savez(texts := root / "texts.npz", classes=classes, features=np.eye(len(classes)))
     for name, path in CONFIGS.items():
         options = [f"data.path={two_classes if 'binary' in name else photos}"]
         options += [f"model.backbone={NETWORKS.get(name, 'test_efficientnet')}"]
         options += [f"objective.teacher={teacher}"] * ("distillation" in name)
+        options += [f"model.head.text={texts}"] * ("text" in name)
         options += [f"objective.target={two_classes}", "objective.hidden=8"] * ("two_domains" in name)
         configs[root / name] = shortened(path, *options)
     for folder, config in configs.items():

@@ -75,6 +75,8 @@ class Progress:
     """Of the prepared data: a run goes on with the same images only."""
     features: dict[str, str] = field(default_factory=dict)
     """By stage: `cached`, or why its frozen layers compute in every step. A run that goes on does the same."""
+    zero_shot: dict[str, Any] | None = None
+    """Val measures before the first step, of a head that had answers then."""
     wandb_id: str | None = None
     """Of the W&B run that a resumed run continues."""
 

@@ -10,41 +10,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from tlearn.dataconfig import Data, Section
+from tlearn.modelconfig import Model
 
 StrategyName = Literal["feature_extraction", "partial", "full", "staged", "progressive", "scratch", "auto"]
 Rule = Annotated[tuple[str, Annotated[float, Field(ge=0)]], Field(strict=False)]
 Epochs = Annotated[int, Field(ge=1, le=10**6)]
 Duration = Annotated[float, Field(gt=0)] | Annotated[str, Field(pattern=r"^(100|[1-9]\d?(\.\d+)?|0\.\d*[1-9]\d*)%$")]
-
-
-class Attention(Section):
-    """Weighs what a block of the backbone gives; changes nothing until it is trained."""
-
-    kind: Literal["spatial", "se", "cbam"]
-    """spatial: every position, by a 1x1 convolution; se: every channel (Hu et al. 2018); cbam: both (Woo et al.)."""
-    after: str = "last"
-    """Name of a module (`layer3`, `blocks.5`), to whose block it belongs then; `last`: the last block."""
-
-
-class Model(Section):
-    """The backbone and the weights it starts from."""
-
-    backbone: str = "timm:resnet18"
-    """`timm:NAME` or `torchvision:NAME`; a bare name is looked up in timm, then in torchvision. `A + B`: side by side,
-    their features joined in front of one head; `parts.0` and `parts.1` in rules."""
-    weights: str = "default"
-    """`default` or a tag (from the library's hub), a file (.safetensors, .pth), `package:NAME`, or `random`; for
-    several backbones one for all, or `A + B`."""
-    stem: Literal["original", "small_image"] = "original"
-    """small_image: the first convolution is 3x3 with stride 1, without max-pooling: for images of 28 to 64 px."""
-    attention: Attention | None = None
-    """Attention behind a block; for all but the last one, training it costs the way back through what follows."""
-    batch_norm: Literal["auto", "frozen", "train"] = "auto"
-    """Running statistics of trainable BatchNorm layers; auto: frozen with pretrained weights, else train."""
-    sync_batchnorm: bool = False
-    """Batch statistics over all processes instead of each its own (accelerators only)."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout before the head (backbones that offer it)."""
 
 
 class Adam(Section):
@@ -380,6 +351,8 @@ class Config(Section):
             raise ValueError("data.sampling: balanced and objective.class_weight correct the same twice; choose one")
         mixes = self.data.augment.mixup > 0 or self.data.augment.cutmix > 0
         alone = not (mixes or self.batch.find or self.data.reader == "stream")
+        if self.objective.name == "binary" and self.model.head is not None:
+            raise ValueError("objective.name: binary has one logit, model.head.text one per class; use supervised")
         if self.objective.name == "domain_adversarial" and not alone:
             raise ValueError("domain_adversarial goes with neither mixup, cutmix, batch.find nor data.reader: stream")
         names = [stage.name for stage in self.stages or []]

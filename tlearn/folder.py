@@ -181,7 +181,7 @@ class RunFolder:
         Raises:
             TlearnError: another process has made one here meanwhile.
         """
-        options = config.model.stem, config.model.attention
+        options = config.model.stem, config.model.attention, model.text_width
         card = Card(
             model.backbone, model.head, model.weights, asked, classes, fingerprint, model.preprocessing, *options
         )

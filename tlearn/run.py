@@ -25,6 +25,7 @@ from tlearn.folder import Resume, RunFolder
 from tlearn.models.attention import check_attention
 from tlearn.models.backbones import full_name
 from tlearn.models.build import ATTACHED, Card, Model, build_model
+from tlearn.models.text import text_features
 from tlearn.models.weights import check_weights
 from tlearn.objectives import Objective, build_objective
 from tlearn.precision import choose_precision
@@ -64,7 +65,8 @@ def train(
         _check_names(config, runtime, card)
         source = open_source(config)
         share = _share(config, runtime, source.sizes["train"])
-        model = build_model(config, len(source.classes), card, source.colours)
+        texts = card.texts if card else runtime.on_main(lambda: text_features(config.model.head, source.classes))
+        model = build_model(config, len(source.classes), card, source.colours, texts)
         precision, measured = runtime.on_main(
             lambda: choose_precision(place.precision_of(config), runtime.device, model)
         )
@@ -99,6 +101,8 @@ def train(
         with run.tracker, run.saver, closing(run.val_loader), handled_by(runtime.stop.set), _stopped_in(run):
             if progress.stage < len(stages):
                 run.tracker.log(runtime.start_row() | {"step": progress.step, "samples": progress.samples})
+            if model.is_zero_shot:
+                progress.zero_shot = _zero_shot(run)
             features = Features(config, runtime, model, source, progress, stages, plan)
             optimizer_state = restored.optimizer if restored else {}
             for number, (stage, multipliers) in enumerate(zip(stages, plan, strict=True)):
@@ -242,6 +246,15 @@ def _introduce(run: Run, source: Source) -> None:
         show(f"override  {change}")
 
 
+def _zero_shot(run: Run) -> dict[str, Any]:
+    """What the head answers before any training."""
+    val, size_px = evaluate(run.runtime, run.scored, run.val_loader, run.classes), run.model.preprocessing.size_px
+    measures = {f"val/top1@{size_px}": val["top1"], f"val/loss@{size_px}": val["loss"]}
+    run.tracker.log({"kind": "zero_shot", "step": 0, "samples": 0, **measures})
+    show(f"zero-shot, before any training  |  val@{size_px} loss {val['loss']:.4f}  top-1 {val['top1']:6.1%}")
+    return {name: val[name] for name in ("top1", "top1_interval95", "loss")}
+
+
 def _result(run: Run, source: Source) -> dict[str, Any]:
     """Reload the best weights and score val, and test where there is one."""
     state, best = checkpoint.load_best(run.folder.best)
@@ -255,6 +268,7 @@ def _result(run: Run, source: Source) -> dict[str, Any]:
     return result | {
         "best": best,
         "top": progress.best,
+        "zero_shot": progress.zero_shot,
         "image_size_px": run.model.preprocessing.size_px,
         "world_size": runtime.world_size,
         "steps": progress.step,

@@ -8,10 +8,11 @@ from typing import NamedTuple
 from torch import nn
 
 from tlearn import checkpoint
-from tlearn.config import Config, Model
+from tlearn.config import Config
 from tlearn.configfile import load_config
 from tlearn.errors import TlearnError
 from tlearn.folder import RunFolder
+from tlearn.modelconfig import Model
 from tlearn.models.build import Card, assemble
 
 
@@ -39,7 +40,7 @@ def load_trained(run: Path) -> Trained:
     card = Card.read(folder.card)
     config = load_config(folder.config)
     options = Model(backbone=card.backbone, weights="random", stem=card.stem, attention=card.attention)
-    one_logit = config.objective.name == "binary"
-    net, head, *_ = assemble(options, card.preprocessing.size_px, len(card.classes), one_logit=one_logit)
+    size_px, classes, one_logit = card.preprocessing.size_px, len(card.classes), config.objective.name == "binary"
+    net, head, *_ = assemble(options, size_px, classes, one_logit=one_logit, texts=card.texts)
     net.load_state_dict(state)
     return Trained(net.requires_grad_(False).eval(), head, card, config)

@@ -215,8 +215,8 @@ def last_linear(net: nn.Module) -> str:
     return names[-1]
 
 
-def replace_head(net: nn.Module, new: Callable[[int], nn.Module]) -> str:
-    """Put another module, made for so many features, in place of the last Linear; returns its name.
+def replace_head(net: nn.Module, new: Callable[[nn.Linear], nn.Module]) -> str:
+    """Put another module, made from it, in place of the last Linear; returns its name.
 
     Raises:
         TlearnError: the model has no Linear, or two classifiers.
@@ -228,7 +228,7 @@ def replace_head(net: nn.Module, new: Callable[[int], nn.Module]) -> str:
     twins = [n for n, m in net.named_modules() if isinstance(m, nn.Linear) and m.weight.shape == shape and n != head]
     if twins:
         raise TlearnError(f"model.backbone: has two classifiers, {twins[-1]} and {head}; choose a model with one")
-    net.set_submodule(head, new(old.in_features))
+    net.set_submodule(head, new(old))
     return head
 
 

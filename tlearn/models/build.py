@@ -15,11 +15,12 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tlearn.config import Attention, Config
-from tlearn.config import Model as Options
+from tlearn.config import Config
 from tlearn.console import show
 from tlearn.data.transforms import Colour, Preprocessing
 from tlearn.errors import TlearnError
+from tlearn.modelconfig import Attention
+from tlearn.modelconfig import Model as Options
 from tlearn.models.attention import add_attention
 from tlearn.models.backbones import (
     Backbone,
@@ -31,7 +32,7 @@ from tlearn.models.backbones import (
     last_linear,
     replace_head,
 )
-from tlearn.models.heads import zero_head
+from tlearn.models.heads import Prototypes, Texts, new_head
 from tlearn.models.hybrid import Hybrid, build_hybrid
 from tlearn.models.stem import small_image_stem
 from tlearn.models.weights import BESIDE
@@ -53,12 +54,16 @@ class Model:
     weights: str
     """Where the weights came from, as `model.weights` takes it."""
     head: str
-    """Name of the Linear that gives the logits."""
+    """Name of the last layer, which gives the logits."""
     blocks: list[list[str]]
     """Parameter names of the backbone, shallow to deep."""
     preprocessing: Preprocessing
     batch_norm_frozen: bool
     """Whether running statistics stay as they are."""
+    text_width: int | None = None
+    """Numbers per text, where the head compares with texts."""
+    is_zero_shot: bool = False
+    """Whether the head has answers before any training."""
     _eval_modules: set[nn.Module] = field(default_factory=set)
 
     @property
@@ -131,6 +136,13 @@ class Card:
     preprocessing: Preprocessing
     stem: Literal["original", "small_image"]
     attention: Attention | None
+    text_width: int | None
+    """Of a head that compares with texts."""
+
+    @property
+    def texts(self) -> Prototypes | None:
+        """Room for them."""
+        return Prototypes.blank(len(self.classes), self.text_width) if self.text_width else None
 
     def content(self) -> dict[str, Any]:
         """For JSON."""
@@ -196,14 +208,17 @@ class Assembled(NamedTuple):
     built: Backbone
 
 
-def assemble(options: Options, size_px: int | None, classes: int, *, one_logit: bool = False) -> Assembled:
-    """A network as `model` describes it, with a head for `classes` that starts at zero.
+def assemble(
+    options: Options, size_px: int | None, classes: int, *, one_logit: bool = False, texts: Prototypes | None = None
+) -> Assembled:
+    """A network as `model` describes it, with a head for `classes`: one that starts at zero, or compares with texts.
 
     Args:
         options: the section `model` of a config.
         size_px: input size for models that are built for one; None: the size of the weights.
         classes: how many.
         one_logit: for two classes.
+        texts: one per class.
 
     Raises:
         SizeError: a size that the model cannot take.
@@ -216,7 +231,7 @@ def assemble(options: Options, size_px: int | None, classes: int, *, one_logit: 
     net = built.net
     head = last_linear(net)
     blocks = net.blocks if isinstance(net, Hybrid) else blocks_of(net, head)
-    replace_head(net, lambda features: zero_head(features, classes, one_logit=one_logit))
+    replace_head(net, lambda old: new_head(old, classes, one_logit, texts))
     if options.stem == "small_image":
         if is_hybrid:
             raise TlearnError("model.stem: small_image takes one backbone, not a hybrid; use model.stem=original")
@@ -233,15 +248,21 @@ def assemble(options: Options, size_px: int | None, classes: int, *, one_logit: 
 
 
 def build_model(
-    config: Config, classes: int, card: Card | None = None, colours: tuple[Colour, Colour] | None = None
+    config: Config,
+    classes: int,
+    card: Card | None = None,
+    colours: tuple[Colour, Colour] | None = None,
+    texts: Prototypes | None = None,
 ) -> Model:
-    """The configured backbone with a head for `classes`, which starts at zero: the first loss is ln(classes).
+    """The configured backbone with a head for `classes`, which starts at zero (the first loss is ln(classes)), or
+    compares with texts.
 
     Args:
         config: of the run.
         classes: how many.
         card: of a run that goes on: its weights come from a checkpoint, so that none are looked for here.
         colours: mean and standard deviation of the train images, for `data.normalise: own`.
+        texts: of the classes, for `model.head.text`.
 
     Raises:
         TlearnError: unknown names, weights that cannot be had or do not fit, a size that the model cannot take.
@@ -253,7 +274,7 @@ def build_model(
         raise TlearnError(f"objective.name = 'binary': the data have {classes} classes; use supervised")
     size_px = config.data.image_size
     try:
-        net, head, blocks, built = assemble(options, size_px, classes, one_logit=binary)
+        net, head, blocks, built = assemble(options, size_px, classes, one_logit=binary, texts=texts)
     except SizeError as error:
         raise _with_sizes("data.image_size", error, lambda size: assemble(_random(options), size, classes)) from None
     for stage in config.stages or []:
@@ -275,7 +296,10 @@ def build_model(
         net = convert_sync_batchnorm(net)
     choice = config.model.batch_norm
     frozen = "random" not in weights.split(BESIDE) if choice == "auto" else choice == "frozen"
-    return Model(net, built.name, weights, head, blocks, preprocessing, frozen)
+    width = None if texts is None else texts.features.shape[1]
+    last = net.get_submodule(head)
+    is_zero_shot = isinstance(last, Texts) and last.is_pretrained and options.weights != "random"
+    return Model(net, built.name, weights, head, blocks, preprocessing, frozen, width, is_zero_shot)
 
 
 def _random(options: Options) -> Options:

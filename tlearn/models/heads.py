@@ -2,8 +2,61 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+
+class Prototypes(NamedTuple):
+    """A text per class, as a text tower sees it."""
+
+    features: torch.Tensor
+    """(classes, width), of length 1."""
+    scale: float
+    """Of the cosines between these and the features of images, which makes logits of them."""
+
+    @classmethod
+    def blank(cls, classes: int, width: int) -> Prototypes:
+        """For a head whose state is known from elsewhere."""
+        return cls(torch.zeros(classes, width), 1.0)
+
+
+class Texts(nn.Module):
+    """A head that compares an image's features with those of a text per class (CLIP, Radford et al. 2021).
+
+    Args:
+        old: the head in its place; where it gives as many numbers as a text has it is the projection to start from, as
+            in the image tower of a CLIP model.
+        prototypes: of the classes.
+
+    Attributes:
+        is_pretrained: whether the old head's projection is kept.
+    """
+
+    prototypes: torch.Tensor
+
+    def __init__(self, old: nn.Linear, prototypes: Prototypes) -> None:
+        super().__init__()
+        width = prototypes.features.shape[1]
+        self.projection = nn.Linear(old.in_features, width)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(prototypes.scale)))
+        self.register_buffer("prototypes", prototypes.features.clone())
+        self.is_pretrained = old.out_features == width
+        if self.is_pretrained:
+            with torch.no_grad():
+                self.projection.weight.copy_(old.weight)
+                self.projection.bias.copy_(0.0 if old.bias is None else old.bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, features) -> (B, classes), cosines times the scale."""
+        projected = self.projection(features)
+        with torch.autocast(projected.device.type, enabled=False):  # a scale of 100 makes rounded cosines unequal
+            cosines = F.normalize(projected.to(self.prototypes.dtype), dim=-1) @ self.prototypes.T
+            logits: torch.Tensor = self.logit_scale.exp() * cosines
+        return logits
 
 
 class OneLogit(nn.Linear):
@@ -19,9 +72,11 @@ class OneLogit(nn.Linear):
         return torch.cat([torch.zeros_like(logit), logit], dim=-1)
 
 
-def zero_head(features: int, classes: int, *, one_logit: bool) -> nn.Linear:
-    """A head that says nothing yet: the first loss is ln(classes)."""
-    new = OneLogit(features) if one_logit else nn.Linear(features, classes)
+def new_head(old: nn.Linear, classes: int, one_logit: bool, texts: Prototypes | None) -> nn.Module:
+    """In place of another one. Without texts it says nothing yet: the first loss is ln(classes)."""
+    if texts is not None:
+        return Texts(old, texts)
+    new = OneLogit(old.in_features) if one_logit else nn.Linear(old.in_features, classes)
     nn.init.zeros_(new.weight)
     nn.init.zeros_(new.bias)
     return new

@@ -61,8 +61,8 @@ class Hybrid(nn.Module):
         widths: list[int] = []
         blocks: list[list[list[str]]] = []
 
-        def nothing(features: int) -> nn.Module:
-            widths.append(features)
+        def nothing(old: nn.Linear) -> nn.Module:
+            widths.append(old.in_features)
             return nn.Identity()
 
         for i, part in enumerate(parts):
