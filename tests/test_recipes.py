@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from test_distributed import rows, weights
 
+from tlearn import checkpoint
 from tlearn.config import Config, DomainAdversarial, Stage
 from tlearn.configfile import load_config
 from tlearn.data.loader import Batch, Share
@@ -415,6 +417,21 @@ def test_what_looks_at_images_is_fed_with_images(
         train(tiny(*own, "strategy=feature_extraction", "features.cache=on", "data.augment.views=1"), tmp_path / "run")
 
 
+@pytest.mark.slow
+def test_a_run_does_not_go_on_with_another_teacher(tiny: MakeConfig, teacher: Path, tmp_path: Path) -> None:
+    shutil.copytree(teacher, tmp_path / "teacher")
+    options = [f"objective={{name: distillation, teacher: {tmp_path / 'teacher'}}}", "strategy=full"]
+    train(tiny(*options, "epochs=1"), tmp_path / "run")
+    weights, score = checkpoint.load_best(teacher / "best" / "model.safetensors")
+    head = next(name for name in reversed(weights) if name.endswith("bias"))
+    weights[head] = weights[head] + 1
+    checkpoint.save_best(tmp_path / "teacher" / "checkpoints", weights, score)
+    checkpoint.publish_best(tmp_path / "teacher" / "checkpoints", tmp_path / "teacher" / "best", [score])
+
+    with pytest.raises(TlearnError, match=r"objective\.teacher holds other weights than when this run began"):
+        train(load_config(tmp_path / "run" / "config.yaml"), tmp_path / "run")
+
+
 def test_a_target_that_is_not_there_is_named_by_its_own_option(tiny: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(TlearnError, match=r"objective\.target: nowhere: no such folder"):
         train(tiny("objective={name: domain_adversarial, target: nowhere}"), tmp_path / "run")
@@ -424,6 +441,22 @@ def test_a_target_that_is_not_there_is_named_by_its_own_option(tiny: MakeConfig,
 def test_a_preset_fills_in_what_is_not_given(tiny: MakeConfig) -> None:
     data = tiny("data.preset=medical", "data.augment.scale=[0.5, 1.0]").data
     assert (data.fit, data.grey, data.augment.scale, data.augment.ratio) == ("pad", True, (0.5, 1.0), (0.9, 1.1))
+    padded = tiny("data.preset=medical", "data.augment.crop=padded").data
+    assert (padded.grey, padded.augment.crop, padded.augment.ratio) == (True, "padded", (0.75, 4 / 3))
+
+
+@pytest.mark.parametrize(
+    ("augment", "complaint"),
+    [
+        ("{crop: padded, scale: [0.5, 1.0]}", "scale has no effect without crop: resized"),
+        ("{crop: padded, ratio: [1.0, 1.0]}", "ratio has no effect without crop: resized"),
+        ("{pad_px: 8}", "pad_px has no effect without crop: padded"),
+        ("{policy: trivial, magnitude: 5}", "magnitude has no effect without policy: rand"),
+    ],
+)
+def test_changes_that_would_not_happen_are_refused(tiny: MakeConfig, augment: str, complaint: str) -> None:
+    with pytest.raises(TlearnError, match=complaint):
+        tiny(f"data.augment={augment}")
 
 
 @pytest.mark.slow

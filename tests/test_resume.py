@@ -571,7 +571,7 @@ def test_options_that_do_not_change_the_numbers_are_free(stopped: tuple[Config, 
     with closing(place):
         found = place.newest_checkpoint("auto")
         progress = checkpoint.read_progress(newest(tmp_path / "run"))
-        assert place.changes(found, changed, progress.data_fingerprint, override=False) == []
+        assert place.changes(found, changed, progress.data_fingerprint, "", override=False) == []
 
 
 @pytest.mark.slow
@@ -595,8 +595,8 @@ def test_what_may_change_on_the_way_needs_override(
         found = place.newest_checkpoint("auto")
         fingerprint = checkpoint.read_progress(newest(tmp_path / "run")).data_fingerprint
         with pytest.raises(TlearnError, match=rf"{differing[0]}: .* \(goes on with --override\)"):
-            place.changes(found, changed, fingerprint, override=False)
-        changes = place.changes(found, changed, fingerprint, override=True)
+            place.changes(found, changed, fingerprint, "", override=False)
+        changes = place.changes(found, changed, fingerprint, "", override=True)
     assert [change.partition(":")[0] for change in changes] == differing
 
 

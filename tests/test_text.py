@@ -20,8 +20,10 @@ from tlearn.config import Config
 from tlearn.configfile import load_config
 from tlearn.errors import TlearnError
 from tlearn.modelconfig import TextHead
+from tlearn.models.build import build_model
 from tlearn.models.heads import Prototypes, Texts
 from tlearn.models.text import START_SCALE, text_features
+from tlearn.objectives import build_objective
 from tlearn.predict import load
 from tlearn.run import train
 
@@ -90,6 +92,16 @@ def test_logits_are_scaled_cosines_in_full_precision() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert head(features).dtype == torch.float32
     assert not head.is_pretrained
+
+
+def test_features_in_front_of_the_head_can_teach_and_be_taught(tiny: MakeConfig, tmp_path: Path) -> None:
+    config = tiny("objective={name: domain_adversarial, target: x, hidden: 4}", "model.head.text=x")
+    model = build_model(config, 3, texts=Prototypes(torch.eye(3), 20.0))
+
+    objective = build_objective(config.objective, model, ("a", "b", "c"), None)
+
+    first = next(p for name, p in objective.net.named_parameters() if name.startswith("beside.discriminator"))
+    assert first.shape[1] == model.net.get_submodule(model.head).in_features
 
 
 def test_a_projection_of_the_right_width_is_kept() -> None:

@@ -73,6 +73,8 @@ class Progress:
     """Options that were changed on the way, with --override."""
     data_fingerprint: str = ""
     """Of the prepared data: a run goes on with the same images only."""
+    rests_on: str = ""
+    """Of the objective's teacher, likewise."""
     features: dict[str, str] = field(default_factory=dict)
     """By stage: `cached`, or why its frozen layers compute in every step. A run that goes on does the same."""
     zero_shot: dict[str, Any] | None = None

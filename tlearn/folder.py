@@ -138,11 +138,13 @@ class RunFolder:
         same = full_name(config.model.backbone) == card.backbone and config.model.weights in (card.weights, card.asked)
         return card if same else None
 
-    def changes(self, found: Path | None, config: Config, data_fingerprint: str, *, override: bool) -> list[str]:
+    def changes(
+        self, found: Path | None, config: Config, data_fingerprint: str, rests_on: str, *, override: bool
+    ) -> list[str]:
         """Options that the run in this folder is to go on with instead of those it began with, as `key: old -> new`.
 
         Raises:
-            TlearnError: options that cannot change any more, or not without `override`; other images.
+            TlearnError: options that cannot change any more, or not without `override`; other images, another teacher.
         """
         if not self.config.exists():
             return []
@@ -160,6 +162,8 @@ class RunFolder:
             raise TlearnError("\n  ".join([header, *lines]))
         if progress and progress.data_fingerprint != data_fingerprint:
             raise TlearnError(f"{self.path}: {config.data.path} holds other images than when this run began")
+        if progress and progress.rests_on != rests_on:
+            raise TlearnError(f"{self.path}: objective.teacher holds other weights than when this run began")
         return changes
 
     def open(

@@ -25,6 +25,7 @@ from tlearn.data.shards import UNLABELLED
 from tlearn.data.transforms import Preprocessing
 from tlearn.errors import TlearnError
 from tlearn.models.build import Model
+from tlearn.models.heads import Texts
 from tlearn.trained import Trained, load_trained
 
 EFFECTIVE_BETA = 0.999
@@ -46,6 +47,8 @@ class Objective(nn.Module):
     net: nn.Module
     time: float = 0.0
     """Share of the run that is over, 0 to 1; the engine sets it before every step."""
+    rests_on: str = ""
+    """Hash of weights that are not the run's own: it goes on with the same only."""
 
     def weight(self, labels: torch.Tensor) -> float:
         """What the loss sum of samples with these labels, (n,) int64, is divided by."""
@@ -122,6 +125,7 @@ class Distillation(Supervised):
             trained = load_trained(Path(config.teacher))
         except TlearnError as error:
             raise TlearnError(f"objective.teacher: {error}; it is needed to go on, too") from None
+        self.rests_on = trained.fingerprint
         # in a tuple: the teacher is no part of this module, so neither checkpoints nor the optimizer know of it
         self._teacher = (_Teacher(trained, model.preprocessing),)
         if self.features:
@@ -242,7 +246,7 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 def _width(net: nn.Module, head: str) -> int:
     layer = net.get_submodule(head)
-    assert isinstance(layer, nn.Linear)
+    assert isinstance(layer, nn.Linear | Texts)
     return layer.in_features
 
 

@@ -149,7 +149,7 @@ def load(run: str | Path) -> Classifier:
     Raises:
         TlearnError: no run there, or one that has not finished an epoch.
     """
-    net, _, card, config = load_trained(Path(run))
+    net, _, card, config, _ = load_trained(Path(run))
     runtime = Runtime()
     # what was trained on another device can be used on this one
     runtime.set_precision("fp32" if runtime.unsupported(config.precision) else config.precision)

@@ -76,10 +76,11 @@ def train(
         torch.manual_seed(config.seed)  # rank 0 may have drawn numbers to measure precisions
         objective = build_objective(config.objective, model, source.classes, source.per_class)
         stages, plan = _planned(config, model, source, share)
-        changes = runtime.on_main(lambda: place.changes(found, config, source.fingerprint, override=override))
+        same = source.fingerprint, objective.rests_on
+        changes = runtime.on_main(lambda: place.changes(found, config, *same, override=override))
 
         restored = checkpoint.load(found) if found else None
-        progress = restored.progress if restored else Progress(data_fingerprint=source.fingerprint)
+        progress = restored.progress if restored else Progress(data_fingerprint=same[0], rests_on=same[1])
         progress.config = config.model_dump(mode="json")
         progress.overridden += [f"from step {progress.step}: {change}" for change in changes]
         if restored:

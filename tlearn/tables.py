@@ -62,8 +62,7 @@ def scores_table(result: Mapping[str, Any]) -> Table:
 def probe_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row a backbone."""
     columns = (
-        "backbone",
-        "weights",
+        "backbone, weights",
         "px",
         "features",
         "classifier",
@@ -74,11 +73,12 @@ def probe_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         "s",
     )
     table = _table(f"probe of {rows[0]['val/n']:,} val images; largest class {rows[0]['largest_class']:.1%}", *columns)
+    for column in table.columns:
+        column.no_wrap = column.header not in ("backbone, weights", "options")  # numbers stay whole
     for row in rows:
         low, high = row["val/top1_interval95"]
         table.add_row(
-            row["backbone"],
-            row["weights"],
+            f"{row['backbone']}\n{row['weights']}",
             str(row["image_size_px"]),
             str(row["features"]),
             row["classifier"],

@@ -11,6 +11,7 @@ from tlearn import checkpoint
 from tlearn.config import Config
 from tlearn.configfile import load_config
 from tlearn.errors import TlearnError
+from tlearn.files import sha256
 from tlearn.folder import RunFolder
 from tlearn.modelconfig import Model
 from tlearn.models.build import Card, assemble
@@ -25,6 +26,8 @@ class Trained(NamedTuple):
     """Name of its last layer."""
     card: Card
     config: Config
+    fingerprint: str
+    """Of the weights."""
 
 
 def load_trained(run: Path) -> Trained:
@@ -43,4 +46,4 @@ def load_trained(run: Path) -> Trained:
     size_px, classes, one_logit = card.preprocessing.size_px, len(card.classes), config.objective.name == "binary"
     net, head, *_ = assemble(options, size_px, classes, one_logit=one_logit, texts=card.texts)
     net.load_state_dict(state)
-    return Trained(net.requires_grad_(False).eval(), head, card, config)
+    return Trained(net.requires_grad_(False).eval(), head, card, config, sha256(folder.best))

@@ -40,7 +40,7 @@ class Texts(nn.Module):
 
     def __init__(self, old: nn.Linear, prototypes: Prototypes) -> None:
         super().__init__()
-        width = prototypes.features.shape[1]
+        self.in_features, width = old.in_features, prototypes.features.shape[1]
         self.projection = nn.Linear(old.in_features, width)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(prototypes.scale)))
         self.register_buffer("prototypes", prototypes.features.clone())
