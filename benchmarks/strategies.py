@@ -1,6 +1,6 @@
 """What trains, on small sets: the rules of `tlearn plan`, measured.
 
-    python benchmarks/strategies.py [--sets tux10 openclipart10] [--seeds 2] [WORK_FOLDER]
+    python benchmarks/strategies.py [--sets tux10 tux10_outlines openclipart10] [--seeds 2] [WORK_FOLDER]
 
 EfficientNet-Lite0 with ImageNet weights at 128 px; as many epochs for every recipe; frozen layers are stored.
 Val top-1 of the best epoch (chosen on val) and of the last one (chosen on nothing), and macro F1 of the best.
@@ -33,19 +33,24 @@ LAST = (
     "optimizer: {name: adam, lr: 1.0e-3}}"
 )
 ALL = "{name: all, epochs: %d, train: [[head, 1.0], ['.*', 0.1]], optimizer: {name: adam, lr: 1.0e-3}}"
-RECIPES = {
-    "head": [(HEAD, 1.0)],
-    "head at 1e-3": [(HEAD.replace("3.0e-3", "1.0e-3"), 1.0)],
-    "head, classes weigh the same": [(HEAD, 1.0)],
-    "last block and head": [(LAST, 1.0)],
-    "head, then last block": [(HEAD, 0.5), (LAST, 0.5)],
-    "all at once": [(ALL, 1.0)],
-    "head, then all": [(HEAD, 0.5), (ALL, 0.5)],
-    "head, last block, all": [(HEAD, 1 / 3), (LAST, 1 / 3), (ALL, 1 / 3)],
+OWN = "data.normalise=own"
+DECAY = "layer_decay=0.75"
+RECIPES: dict[str, tuple[list[tuple[str, float]], str | None]] = {
+    "head": ([(HEAD, 1.0)], None),
+    "head at 1e-3": ([(HEAD.replace("3.0e-3", "1.0e-3"), 1.0)], None),
+    "head, classes weigh the same": ([(HEAD, 1.0)], "objective.class_weight=inverse"),
+    "head, own mean and deviation": ([(HEAD, 1.0)], OWN),
+    "last block and head": ([(LAST, 1.0)], None),
+    "head, then last block": ([(HEAD, 0.5), (LAST, 0.5)], None),
+    "all at once": ([(ALL, 1.0)], None),
+    "head, then all": ([(HEAD, 0.5), (ALL, 0.5)], None),
+    "head, then all, rates that fall": ([(HEAD, 0.5), (ALL, 0.5)], DECAY),
+    "head, last block, all": ([(HEAD, 1 / 3), (LAST, 1 / 3), (ALL, 1 / 3)], None),
+    "head, last block, all; own mean and deviation": ([(HEAD, 1 / 3), (LAST, 1 / 3), (ALL, 1 / 3)], OWN),
 }
-EPOCHS = {"tux10": 12, "openclipart10": 4}
-VIEWS = {"tux10": 4, "openclipart10": 2}
-LIMITS = {"tux10": (), "openclipart10": ("data.max_train=1000", "data.max_val=400")}
+EPOCHS = {"tux10": 12, "tux10_outlines": 12, "openclipart10": 4}
+VIEWS = {"tux10": 4, "tux10_outlines": 4, "openclipart10": 2}
+LIMITS = {"tux10": (), "tux10_outlines": (), "openclipart10": ("data.max_train=1000", "data.max_val=400")}
 
 
 def main() -> None:
@@ -75,12 +80,13 @@ def main() -> None:
 
 def _measured(folder: Path, name: str, data: Path, recipe: str, seed: int) -> tuple[float, float, float, float]:
     """Top-1 of the best and the last epoch, macro F1 and seconds of one run."""
-    run = folder / f"run-{name}-{seed}-{recipe.replace(' ', '-')}"
-    lengths = [(stage, round(EPOCHS[name] * share)) for stage, share in RECIPES[recipe]]
+    run = folder / f"run-{name}-{seed}-{recipe.replace(' ', '-').replace(';', '')}"
+    parts, option = RECIPES[recipe]
+    lengths = [(stage, round(EPOCHS[name] * share)) for stage, share in parts]
     stages = ", ".join(stage % epochs for stage, epochs in lengths).replace("VIEWS", str(VIEWS[name]))
     options = [*COMMON, *LIMITS[name], f"data.path={data}", f"seed={seed}", f"stages=[{stages}]"]
-    if "weigh the same" in recipe:
-        options.append("objective.class_weight=inverse")
+    if option is not None:
+        options.append(option)
     clock = run.with_suffix(".seconds")
     if not clock.exists():
         start = time.perf_counter()
