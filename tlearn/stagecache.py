@@ -209,7 +209,7 @@ class StageCache:
         """On rank 0: room in the cache; what is wrong, or None."""
         limit = self.config.features.max_gib * 2**30
         if self.nbytes > limit:
-            return f"{self.nbytes / 2**30:.2f} GiB are more than features.max_gib={self.config.features.max_gib:g}"
+            return f"{self.nbytes / 2**30:.3g} GiB are more than features.max_gib={self.config.features.max_gib:g}"
         try:
             self._used = reserve(self.folder, self.nbytes, limit, held)
             self._filling = held.enter_context((self.folder / "filled.lock").open("a+"))
