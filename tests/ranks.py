@@ -42,7 +42,7 @@ def train_and_send(config: Config, folder: Path, rank: int, step: int, number: i
 
 def train_and_disturb(config: Config, folder: Path, name: str) -> None:
     """Change one weight of rank 1 after the third step."""
-    step = engine._train_step
+    step = engine.train_step
 
     def disturbed(run: engine.Run, *rest: Any) -> torch.Tensor:
         if run.runtime.rank == 1 and run.progress.step == 3:
@@ -50,7 +50,7 @@ def train_and_disturb(config: Config, folder: Path, name: str) -> None:
                 run.model.net.get_parameter(name)[0] += 1e-6
         return step(run, *rest)
 
-    engine._train_step = disturbed
+    engine.train_step = disturbed
     train(config, folder)
 
 

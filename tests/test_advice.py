@@ -153,7 +153,7 @@ def test_what_ended_a_run_stands_in_its_log(
     def full(*_: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
 
-    monkeypatch.setattr("tlearn.engine._train_step", full)
+    monkeypatch.setattr("tlearn.engine.train_step", full)
     with pytest.raises(RuntimeError, match="out of memory"):
         train(tiny("epochs=3"), tmp_path / "run")
     assert advise(read_run(tmp_path / "run"))[0].symptom == "out of memory"

@@ -162,7 +162,7 @@ def states_at(
     """All state of a run after a step."""
     found: dict[str, Any] = {}
     parts: dict[str, Any] = {}
-    train_step, add = engine._train_step, ledger.Ledger.add
+    train_step, add = engine.train_step, ledger.Ledger.add
 
     def note_parts(run: engine.Run, shell: Any, optimizer: Any, stepper: Any, *rest: Any) -> torch.Tensor:
         parts.update(run=run, shell=shell, optimizer=optimizer)
@@ -182,7 +182,7 @@ def states_at(
             found.update(state_of(roots, parts["run"].model.net))
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_train_step", note_parts)
+        patch.setattr(engine, "train_step", note_parts)
         patch.setattr(ledger.Ledger, "add", add_and_note)
         train(config, folder)
     return found

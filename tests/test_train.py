@@ -278,7 +278,7 @@ def test_steps_with_non_finite_gradients_are_skipped_then_end_the_run(
     tiny: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_norm: str
 ) -> None:
     poisoned = iter([False, True] + [False] * 6 + [True] * 100)
-    step = engine._train_step
+    step = engine.train_step
     reached: list[dict[str, torch.Tensor]] = []
     keys: list[list[int]] = []
 
@@ -290,7 +290,7 @@ def test_steps_with_non_finite_gradients_are_skipped_then_end_the_run(
         reached.append({name: tensor.clone() for name, tensor in run.model.net.state_dict().items()})
         return step(run, *rest)
 
-    monkeypatch.setattr(engine, "_train_step", poison)
+    monkeypatch.setattr(engine, "train_step", poison)
     monkeypatch.setattr(ledger, "MAX_REJECTED", 3)
     with pytest.raises(
         DivergedError, match=r"the loss is not finite.*checkpoints/step-00000007.*rate of 0.0001 instead of 0.001"

@@ -1,4 +1,4 @@
-"""The commands around a training: `plan` before it, `advise` after it. cli.py takes them in."""
+"""The commands around a training: `plan` and `lr-find` before it, `advise` after it. cli.py takes them in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tlearn.arguments import JsonFlag, print_json
+from tlearn.arguments import JsonFlag, print_json, split_arguments
 
 commands = typer.Typer()
 
@@ -43,6 +43,32 @@ def plan(
     print_result(plan_table(made))
     typer.echo(f"\n# plan.yaml; tlearn train plan.yaml\n{dump_options(report['config'])}")
     typer.echo(f"# or in one line:\n{report['command']}")
+
+
+@commands.command()
+def lr_find(
+    config: Annotated[list[str] | None, typer.Argument(help="[CONFIG.yaml] [a.b=c ...]", show_default=False)] = None,
+    stage: Annotated[str | None, typer.Option(help="Name of a stage.", show_default="every one")] = None,
+    start: Annotated[float, typer.Option(min=1e-12, help="Rate of the first step.")] = 1e-7,
+    end: Annotated[float, typer.Option(max=1e6, help="Rate of the last step.")] = 10.0,
+    steps: Annotated[int, typer.Option(min=20, help="Of each test.")] = 100,
+    out: Annotated[Path | None, typer.Option(help="Folder. Default: runs/<time>-lr-find.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train a few steps at growing rates; print the rate that each stage and each of its parts could take."""
+    from tlearn.configfile import load_config
+    from tlearn.console import print_result, show
+    from tlearn.lrfind import find_rates
+    from tlearn.ratecurve import Span
+    from tlearn.tables import rates_table
+
+    report = find_rates(load_config(*split_arguments(config or [])), stage, out, Span(start, end, steps))
+    show(f"lr-find   {report['folder']}/lr-find.json, lr-find.png")
+    if as_json:
+        print_json(report)
+        return
+    print_result(rates_table(report))
+    typer.echo(f"to train so: {' '.join(report['options'])}" if report["options"] else "no rate is suggested")
 
 
 @commands.command()

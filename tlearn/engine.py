@@ -126,7 +126,7 @@ def run_stage(
     shell, stepper = runtime.prepare(Shell(run.objective), optimizer)
     runtime.load_scaler(progress.scaler)
     model.net.eval()  # the next two lines must not move statistics
-    share = _fitting_share(run, shell, optimizer, stage.name, inputs) if config.batch.find else run.share
+    share = fitting_share(run, shell, optimizer, stage.name, inputs) if config.batch.find else run.share
     warm_up(runtime, shell, optimizer, inputs.blank(1))
     statistics = model.moving_statistics
     loader = inputs.train(share)
@@ -157,7 +157,7 @@ def run_stage(
             run.objective.time = (first_epoch + epoch) / run.epochs
             lr = stage.optimizer.lr * lr_factor(stage.schedule, epoch, stage.epochs)
             rates = set_learning_rates(optimizer, lr)
-            sums = _train_step(run, shell, optimizer, stepper, statistics, micro_batches)
+            sums = train_step(run, shell, optimizer, stepper, statistics, micro_batches)
             ledger.add(sums, micro_batches, first_epoch + int(epoch), rates)
             average.update(progress.step)
             advance(note=ledger.note)
@@ -188,7 +188,7 @@ def run_stage(
     return state()
 
 
-def _fitting_share(run: Run, shell: nn.Module, optimizer: torch.optim.Optimizer, stage: str, inputs: Inputs) -> Share:
+def fitting_share(run: Run, shell: nn.Module, optimizer: torch.optim.Optimizer, stage: str, inputs: Inputs) -> Share:
     """The run's share of a batch in micro-batches that fit the memory of every process."""
     largest = run.share.largest_part(run.train_images)
     found = find_micro_batch(run.runtime, shell, optimizer, largest, inputs.blank)
@@ -199,7 +199,7 @@ def _fitting_share(run: Run, shell: nn.Module, optimizer: torch.optim.Optimizer,
     return share
 
 
-def _train_step(
+def train_step(
     run: Run,
     shell: nn.Module,
     optimizer: torch.optim.Optimizer,

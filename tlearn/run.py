@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -62,21 +62,11 @@ def train(
         found = runtime.on_main(lambda: place.newest_checkpoint(resume))
         config, made = decided(config, place, runtime)
         card = runtime.on_main(lambda: place.recorded_model(config, found))
-        _check_names(config, runtime, card)
-        source = open_source(config)
-        share = _share(config, runtime, source.sizes["train"])
-        texts = card.texts if card else runtime.on_main(lambda: text_features(config.model.head, source.classes))
-        model = build_model(config, len(source.classes), card, source.colours, texts)
-        precision, measured = runtime.on_main(
-            lambda: choose_precision(place.precision_of(config), runtime.device, model)
-        )
-        _check_precision(precision, runtime)
-        runtime.set_precision(precision)
-        asked, config = config.model.weights, _resolved(config, model, precision)
-        torch.manual_seed(config.seed)  # rank 0 may have drawn numbers to measure precisions
-        objective = build_objective(config.objective, model, source.classes, source.per_class)
-        stages, plan = _planned(config, model, source, share)
-        same = source.fingerprint, objective.rests_on
+        wanted = runtime.on_main(lambda: place.precision_of(config))
+        parts = assembled(config, runtime, wanted, card)
+        asked, config, source, model = config.model.weights, parts.config, parts.source, parts.model
+        stages, plan = parts.stages, parts.plan
+        same = source.fingerprint, parts.objective.rests_on
         changes = runtime.on_main(lambda: place.changes(found, config, *same, override=override))
 
         restored = checkpoint.load(found) if found else None
@@ -88,12 +78,12 @@ def train(
             progress.best = runtime.on_main(lambda: checkpoint.mended_best(place.checkpoints, place.best.parent, best))
             model.net.load_state_dict(restored.model)
         model.net.to(runtime.device)
-        environment = runtime.environment() | {"precision_measured": measured}
+        environment = runtime.environment() | {"precision_measured": parts.measured}
         if restored and changes:  # before config.yaml names what no checkpoint knows
             state = restored._replace(progress=progress)
             found = runtime.on_main(lambda: checkpoint.save(place.checkpoints, state, config.keep.checkpoints, found))
         runtime.on_main(lambda: place.open(config, environment, model, asked, source.classes, source.fingerprint, made))
-        run = _run(config, runtime, place, found, source, share, model, objective, progress)
+        run = make_run(parts, runtime, place, found, progress, active=runtime.is_main)
         _introduce(run, source)
         if made is not None:
             show(plan_table(made))
@@ -117,6 +107,51 @@ def train(
                 write_json(place.result, result)
             show_result(place.path, result)
     return result
+
+
+class Parts(NamedTuple):
+    """What a run is made of before there is a folder for it."""
+
+    config: Config
+    """With every default filled in."""
+    source: Source
+    share: Share
+    model: Model
+    """On the CPU still."""
+    objective: Objective
+    stages: list[Stage]
+    """With every default filled in."""
+    plan: list[dict[str, float]]
+    """Per stage, the learning-rate multiplier of every parameter."""
+    measured: dict[str, float]
+    """To choose a precision."""
+
+
+def assembled(config: Config, runtime: Runtime, wanted: str, card: Card | None = None) -> Parts:
+    """Everything that a config names, checked; the runtime computes in the run's precision from here on.
+
+    Args:
+        config: whose stages are listed or of a named strategy, not `auto`.
+        runtime: of this process.
+        wanted: the precision, or `auto`.
+        card: of a run that goes on: its weights come from a checkpoint.
+
+    Raises:
+        TlearnError: bad input or configuration.
+    """
+    _check_names(config, runtime, card)
+    source = open_source(config)
+    share = _share(config, runtime, source.sizes["train"])
+    texts = card.texts if card else runtime.on_main(lambda: text_features(config.model.head, source.classes))
+    model = build_model(config, len(source.classes), card, source.colours, texts)
+    precision, measured = runtime.on_main(lambda: choose_precision(wanted, runtime.device, model))
+    _check_precision(precision, runtime)
+    runtime.set_precision(precision)
+    config = _resolved(config, model, precision)
+    torch.manual_seed(config.seed)  # rank 0 may have drawn numbers to measure precisions
+    objective = build_objective(config.objective, model, source.classes, source.per_class)
+    stages, plan = _planned(config, model, source, share)
+    return Parts(config, source, share, model, objective, stages, plan, measured)
 
 
 def _planned(config: Config, model: Model, source: Source, share: Share) -> tuple[list[Stage], list[dict[str, float]]]:
@@ -153,19 +188,22 @@ def _stopped_in(run: Run) -> Iterator[None]:
         raise
 
 
-def _run(
-    config: Config,
-    runtime: Runtime,
-    place: RunFolder,
-    found: Path | None,
-    source: Source,
-    share: Share,
-    model: Model,
-    objective: Objective,
-    progress: Progress,
+def make_run(
+    parts: Parts, runtime: Runtime, place: RunFolder, found: Path | None, progress: Progress, *, active: bool
 ) -> Run:
+    """What the loop works with.
+
+    Args:
+        parts: the model may be anywhere.
+        runtime: of this process.
+        place: where the run lives.
+        found: the checkpoint from which it goes on.
+        progress: where it is.
+        active: metrics and checkpoints are written.
+    """
+    config, source, share, model = parts.config, parts.source, parts.share, parts.model
     loading: dict[str, Any] = {"device": runtime.device, "dtype": runtime.dtype}
-    tracker = Tracker(config, place.path, progress.metrics_bytes, progress.wandb_id, active=runtime.is_main)
+    tracker = Tracker(config, place.path, progress.metrics_bytes, progress.wandb_id, active=active)
     return Run(
         config=config,
         runtime=runtime,
@@ -179,7 +217,7 @@ def _run(
         share=share,
         epochs=sum(stage.epochs for stage in config.stages or []),
         model=model,
-        objective=objective.to(runtime.device),
+        objective=parts.objective.to(runtime.device),
         tracker=tracker,
         saver=Saver(
             place.checkpoints,
@@ -188,7 +226,7 @@ def _run(
             tracker,
             config.save_every,
             config.keep,
-            active=runtime.is_main,
+            active=active,
         ),
         progress=progress,
     )

@@ -107,6 +107,24 @@ def advice_table(advice: Sequence[Advice]) -> Table:
     return table
 
 
+def rates_table(report: Mapping[str, Any]) -> Table:
+    """One row a test of `lr-find`."""
+    columns = ("stage", "trains", "parameters", "head", "rate now", "suggested", "steepest", "valley")
+    table = _table(f"rates from {report['start']:g} to {report['end']:g} in {report['steps']} steps", *columns)
+    for row in report["tests"]:
+        others = (row["others"].get(name) for name in ("steepest", "valley"))
+        table.add_row(
+            row["stage"],
+            row["trains"],
+            _short(row["parameters"]),
+            row["head"],
+            f"{row['lr']:.2g}",
+            row["why_not"] or f"{row['suggestion']:.2g}",
+            *("" if rate is None else f"{rate:.2g}" for rate in others),
+        )
+    return table
+
+
 def show_result(folder: Path, result: Mapping[str, Any]) -> None:
     """The end of a run."""
     show(scores_table(result))
