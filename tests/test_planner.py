@@ -66,6 +66,8 @@ def test_unlike_images_unfreeze_more() -> None:
     for train in (500, 2_000):
         near, far = (plan(train=train, probe_top1=0.1 + 0.9 * gain, probe_majority=0.1) for gain in (0.9, FAR - 0.01))
         assert "all" in stage_names(far)
+        assert far.options["data"]["normalise"] == "own"
+        assert "normalise" not in near.options["data"]
         assert stage_names(far) != stage_names(near)
     assert stage_names(plan(train=500)) == ["head"]
 
@@ -73,7 +75,10 @@ def test_unlike_images_unfreeze_more() -> None:
 def test_more_images_unfreeze_more() -> None:
     trained = [sum(row.parts[-1].name == name for name in ("last_block", "all")) for row in STAGES if row.gain > 1]
     assert trained == sorted(trained)
-    assert stage_names(plan(train=50_000)) == ["head", "all"]
+    many = plan(train=50_000)
+    assert stage_names(many) == ["head", "all"]
+    assert [stage.get("layer_decay") for stage in many.options["stages"]] == [None, 0.75]
+    assert "layer_decay" not in plan({"layer_decay": 0.9}, train=50_000).options["stages"][1]
 
 
 def test_more_images_take_larger_networks_where_a_device_has_room() -> None:
@@ -125,7 +130,7 @@ def test_what_the_user_set_is_not_chosen_and_shapes_the_rest() -> None:
     stages = made.options["stages"]
     assert [(stage["name"], stage["epochs"]) for stage in stages] == [("head", 3), ("last_block", 2), ("all", 2)]
     assert not any("optimizer" in stage or "views" in stage for stage in stages)
-    assert "data" not in made.options
+    assert made.options["data"] == {"normalise": "own"}
     assert "data.image_size" not in {reason.option for reason in made.reasons}
     assert sum(stage["epochs"] for stage in plan({"epochs": 1}, probe_top1=0.2).options["stages"]) == 1
     assert "stages" not in plan({"stages": [{"name": "mine"}]}).options

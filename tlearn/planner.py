@@ -108,6 +108,7 @@ class Part(NamedTuple):
     """Of Adam."""
     views: int | None = None
     """Versions of an image that frozen layers see: so they run once for each, and not in every epoch."""
+    layer_decay: float | None = None
 
 
 HEAD = Part("head", [["head", 1.0], [".*", 0.0]], 1e-3, 4)
@@ -115,6 +116,8 @@ FAST_HEAD = HEAD._replace(lr=3e-3)
 """Where later stages go on from it."""
 LAST = Part("last_block", [["head", 1.0], ["last:1", 0.1], [".*", 0.0]], 1e-3, 4)
 ALL = Part("all", [["head", 1.0], [".*", 0.1]], 1e-3)
+FALLING = ALL._replace(layer_decay=0.75)
+"""Deep layers faster than shallow ones, as ViTs are tuned (Bao et al. 2022)."""
 RANDOM = Part("all", [[".*", 1.0]], 1e-3)
 
 
@@ -139,7 +142,7 @@ STAGES = (
     StageRow(1_000, inf, (HEAD,), 12, "few images, and the features fit: only the head, at a small rate"),
     StageRow(5_000, FAR, (FAST_HEAD, ALL), 15, "unlike the pretraining: all layers"),
     StageRow(5_000, inf, (FAST_HEAD, LAST), 12, "a few thousand images, and the features fit: head and last block"),
-    StageRow(inf, inf, (FAST_HEAD, ALL), 10, "enough images to tune all layers"),
+    StageRow(inf, inf, (FAST_HEAD, FALLING), 10, "enough images to tune all layers, shallow ones the least"),
 )
 
 
@@ -200,7 +203,8 @@ def choose(facts: Facts, given: Options) -> Plan:
     options: Options = {}
     reasons: list[Reason] = []
     parts = [] if given.get("stages") else [_stages(facts, given)]
-    for chosen, why in [*parts, _image_size(facts), _batch(facts), _loader(facts), _balance(facts)]:
+    rest = (_image_size, _colours, _batch, _loader, _balance)
+    for chosen, why in [*parts, *(rule(facts) for rule in rest)]:
         for reason in why:
             if _is_given(reason.option, given):
                 continue
@@ -258,6 +262,8 @@ def _stages(facts: Facts, given: Options) -> tuple[Options, list[Reason]]:
             stage["optimizer"] = {"name": "adam", "lr": part.lr}
         if part.views is not None and "views" not in given.get("data", {}).get("augment", {}):
             stage["views"] = part.views
+        if part.layer_decay is not None and "layer_decay" not in given:
+            stage["layer_decay"] = part.layer_decay
         stages.append(stage)
     value = ", ".join(f"{stage['name']} {stage['epochs']}" for stage in stages)
     return {"stages": stages}, [Reason("stages", f"{value} epochs", f"{row.why} ({facts.train:,} images)")]
@@ -266,6 +272,13 @@ def _stages(facts: Facts, given: Options) -> tuple[Options, list[Reason]]:
 def _image_size(facts: Facts) -> tuple[Options, list[Reason]]:
     size_px, why = size_of(facts)
     return {"image_size": size_px}, [Reason("data.image_size", f"{size_px} px", why)]
+
+
+def _colours(facts: Facts) -> tuple[Options, list[Reason]]:
+    if facts.random_weights or facts.gain is None or facts.gain >= FAR:
+        return {}, []
+    why = "unlike the pretraining: the mean and deviation of these images, not of photographs"
+    return {"normalise": "own"}, [Reason("data.normalise", "own", why)]
 
 
 def _batch(facts: Facts) -> tuple[Options, list[Reason]]:
