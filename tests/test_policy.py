@@ -31,6 +31,10 @@ ROWS = rows_of_the_architecture()
 WITHIN_A_ROW = {
     ("configfile", "config"),
     ("configfile", "dataconfig"),
+    ("configfile", "shrink"),
+    ("shrink", "config"),
+    ("verdict", "forecast"),
+    ("verdict", "advice"),
     ("config", "dataconfig"),
     ("profile", "dataconfig"),
     ("models", "data"),
@@ -160,6 +164,8 @@ LIGHT = (
     "tlearn.stages",
     "tlearn.planner",
     "tlearn.advice",
+    "tlearn.verdict",
+    "tlearn.forecast",
     "tlearn.data.prepare",
     "tlearn.errors",
 )

@@ -105,6 +105,11 @@ def read_run(folder: Path) -> Seen:
     return Seen(load_config(folder / "config.yaml"), rows, result, text, result is not None)
 
 
+def too_fast(seen: Seen) -> list[Advice]:
+    """Signs of rates that are too high; the first says how many steps were skipped."""
+    return [advice for look in (_not_finite, _rising) if (advice := look(seen)) is not None]
+
+
 def advise(seen: Seen) -> list[Advice]:
     """What to change, the most urgent first; empty where no symptom was found."""
     return [advice for look in SYMPTOMS if (advice := look(seen)) is not None]

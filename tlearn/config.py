@@ -33,8 +33,9 @@ class Model(Section):
     """`timm:NAME` or `torchvision:NAME`; a bare name is looked up in timm, then in torchvision. `A + B`: side by side,
     their features joined in front of one head; `parts.0` and `parts.1` in rules."""
     weights: str = "default"
-    """`default` or a tag (from the library's hub), a file (.safetensors, .pth), `package:NAME`, or `random`; for
-    several backbones one for all, or `A + B`."""
+    """`default` or a tag (from the library's hub), a file (.safetensors, .pth), `package:NAME`, the folder of another
+    run (its best weights, head included where the classes are the same), or `random`; for several backbones one for
+    all, or `A + B`."""
     stem: Literal["original", "small_image"] = "original"
     """small_image: the first convolution is 3x3 with stride 1, without max-pooling: for images of 28 to 64 px."""
     attention: Attention | None = None
@@ -267,7 +268,7 @@ class Tracking(Section):
 
 
 class Quick(Section):
-    """What `--quick` changes; without `--quick` these have no effect."""
+    """What `--quick` and `--quick-first` change; without them these have no effect."""
 
     image_size: int = Field(128, ge=16, le=2048)
     """Largest image size of a quick run, px."""
@@ -275,6 +276,11 @@ class Quick(Section):
     """Largest number of train images, and of val images; classes as equal as they can be."""
     epochs: Epochs = 6
     """Epochs of all stages together; every stage keeps at least one."""
+    minutes: float | None = Field(None, gt=0)
+    """Stop the training after so many minutes, with the verdict `unsure`; the same command goes on. How long a quick
+    run is follows from data and config, not from this. null: no limit."""
+    init_from_quick: bool = False
+    """With `--quick-first` the full run starts from the quick run's weights, head included: progressive resizing."""
 
 
 class RunOptions(Section):

@@ -64,7 +64,7 @@ def train(
         _check_names(config, runtime, card)
         source = open_source(config)
         share = _share(config, runtime, source.sizes["train"])
-        model = build_model(config, len(source.classes), card, source.colours)
+        model = build_model(config, len(source.classes), card, source.colours, source.classes)
         precision, measured = runtime.on_main(
             lambda: choose_precision(place.precision_of(config), runtime.device, model)
         )
