@@ -28,6 +28,7 @@ GOOD = Facts(
     forecast=SMALL,
 )
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+RISING = (Advice("training loss rises", "stage all: 1 to 2", "optimizer.lr=1e-4"),)
 COPY = (Copy("val/a.png", "train/b.jpg", 0.99),)
 
 
@@ -50,7 +51,7 @@ COPY = (Copy("val/a.png", "train/b.jpg", 0.99),)
         ({"normalised": IMAGENET, "own": ((0.1,) * 3, (0.1,) * 3)}, "no-go", "data.normalise=weights"),
         ({"losses": (2.31, 2.29)}, "no-go", "a guess has ln(10) = 2.303"),
         ({"losses": (1.5, 1.6)}, "no-go", "1.500 in the first epoch, 1.600 in the last"),
-        ({"too_fast": (Advice("training loss rises", "1 to 2", "optimizer.lr=1e-4"),)}, "no-go", "optimizer.lr=1e-4"),
+        ({"too_fast": RISING, "losses": (1.1, 0.5, 0.9)}, "no-go", "optimizer.lr=1e-4"),
         ({"no_room": "killed by SIGKILL", "forecast": None}, "no-go", "batch.micro=16"),
         ({"forecast": replace(SMALL, memory_mib=15_000)}, "no-go", "14.6 of the 15.6 GiB of this machine"),
         ({"forecast": replace(SMALL, room=replace(ROOM, processes=8))}, "no-go", "of this machine"),
@@ -83,6 +84,10 @@ def test_what_is_told_whatever_the_verdict(facts: dict[str, Any], said: str) -> 
 
 def test_a_loss_that_begins_low_need_not_fall() -> None:
     assert decide(replace(GOOD, losses=(0.2, 0.21))).word == "go"
+
+
+def test_a_loss_that_rises_in_a_few_steps_but_in_no_epoch_is_no_fault() -> None:
+    assert decide(replace(GOOD, too_fast=RISING)).word == "go"
 
 
 def test_a_step_that_fp16_skips_for_its_scale_is_no_fault() -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import log
 from typing import Any, Literal, NamedTuple
 
 from scipy.special import bdtr
 
-from tlearn.advice import Advice
+from tlearn.advice import RISE, Advice
 from tlearn.forecast import Forecast
 from tlearn.metrics import wilson_interval
 
@@ -210,15 +211,15 @@ def _by_accuracy(facts: Facts) -> tuple[Word, list[str]]:
         return "go", [scored, f"above the largest class; no linear probe beside it: {facts.no_probe}"]
     run, probe = (facts.against.both + n for n in (facts.against.only_run, facts.against.only_probe))
     beside = (
-        f"a linear probe of frozen features has {probe} of them right, the run's best epoch {run} "
+        f"a linear probe of frozen features has {probe} of them right, the best epoch {run} "
         f"(McNemar's exact test: p {facts.against.p:.2g})"
     )
     if run < probe and facts.against.p < SIGNIFICANT:
         if facts.still_improving:
             return "unsure", [scored, f"{beside}; it was still improving: raise quick.epochs"]
         fix = "try strategy=feature_extraction, or lower rates for the layers behind the head"
-        return "no-go", [scored, f"worse than without training a backbone: {beside}; {fix}"]
-    return "go", [scored, f"above the largest class, and not significantly below {beside}"]
+        return "no-go", [scored, f"significantly below what costs nothing: {beside}; {fix}"]
+    return "go", [scored, f"above the largest class, and not significantly below what costs nothing: {beside}"]
 
 
 def _whose_fault(facts: Facts) -> str:
@@ -320,8 +321,11 @@ def _no_progress(facts: Facts) -> Fault | None:
 
 
 def _rates(facts: Facts) -> Fault | None:
+    # of a few steps the loss may rise by chance, of whole epochs it does not
+    losses = [loss for loss in facts.losses if loss is not None]
+    rises = any(after > RISE * before for before, after in pairwise(losses))
     many = facts.skipped > SKIPPED * facts.steps
-    signs = [sign for sign in facts.too_fast if many or "finite" not in sign.symptom]
+    signs = [sign for sign in facts.too_fast if (many if "finite" in sign.symptom else rises)]
     if not signs:
         return None
     return Fault("rates too high", f"{signs[0].symptom}: {signs[0].numbers}", f"set {signs[0].options}")
