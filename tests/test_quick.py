@@ -188,7 +188,7 @@ def test_weights_of_another_run_come_with_their_head_where_the_classes_are_the_s
     decided: Path, photos: Path
 ) -> None:
     trained = load_trained(decided)
-    config = load_config(None, [f"data.path={photos}", *RECIPE, f"model.weights={decided}"])
+    config = load_config(None, [f"data.path={photos}", *TINY, f"model.weights={decided}"])
     same = build_model(config, 10, names=trained.card.classes)
     others = build_model(config, 10, names=tuple(f"{name}s" for name in trained.card.classes))
     assert same.preprocessing == trained.card.preprocessing

@@ -52,6 +52,7 @@ COPY = (Copy("val/a.png", "train/b.jpg", 0.99),)
         ({"losses": (2.31, 2.29)}, "no-go", "a guess has ln(10) = 2.303"),
         ({"losses": (1.5, 1.6)}, "no-go", "1.500 in the first epoch, 1.600 in the last"),
         ({"too_fast": RISING, "losses": (1.1, 0.5, 0.9)}, "no-go", "optimizer.lr=1e-4"),
+        ({"refused": "cannot take 225 px", "forecast": None}, "no-go", "it would not begin: cannot take 225 px"),
         ({"no_room": "killed by SIGKILL", "forecast": None}, "no-go", "batch.micro=16"),
         ({"forecast": replace(SMALL, memory_mib=15_000)}, "no-go", "14.6 of the 15.6 GiB of this machine"),
         ({"forecast": replace(SMALL, room=replace(ROOM, processes=8))}, "no-go", "of this machine"),

@@ -257,10 +257,12 @@ def _scores(seen: Seen, card: Card) -> Report:
 
 def _outlook(full: Config, processes: int, here: int) -> tuple[Forecast | None, dict[str, Any]]:
     """What the full run will take, or why that is not known."""
+    if full.data.reader != "indexed":  # all of a stream's val images are evaluated, or none
+        return None, {"no_forecast": "data.reader: stream has no index of which a few images could be picked"}
     try:
         return run_ranks(foresee, (full, processes, here), 1)[0], {}
     except TlearnError as error:
-        return None, {"no_forecast": str(error)}
+        return None, {"refused": str(error)}
     except (RankFailedError, DivergedError) as error:
         lines = str(error).strip().splitlines()
         ran_out = any(sign in str(error) for sign in ("OutOfMemoryError", "out of memory", "killed by SIGKILL"))

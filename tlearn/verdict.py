@@ -142,6 +142,8 @@ class Facts:
     """Of the weights."""
     forecast: Forecast | None = None
     no_forecast: str | None = None
+    refused: str | None = None
+    """What the full run says instead of beginning."""
     no_room: str | None = None
     """What a step at full size said that did not fit the memory."""
     batch: int = 32
@@ -331,6 +333,12 @@ def _rates(facts: Facts) -> Fault | None:
     return Fault("rates too high", f"{signs[0].symptom}: {signs[0].numbers}", f"set {signs[0].options}")
 
 
+def _refused(facts: Facts) -> Fault | None:
+    if facts.refused is None:
+        return None
+    return Fault("full run", f"it would not begin: {facts.refused}", "")
+
+
 def _memory(facts: Facts) -> Fault | None:
     fix = f"set batch.micro={max(1, facts.batch // 2)} or batch.find=true"
     if facts.no_room is not None:
@@ -388,5 +396,5 @@ def _unforeseen(facts: Facts) -> Fault | None:
 
 
 Look = Callable[[Facts], Fault | None]
-FAULTS: tuple[Look, ...] = (_ended, _missing, _exact, _copied, _normalisation, _no_progress, _rates, _memory)
+FAULTS: tuple[Look, ...] = (_ended, _missing, _exact, _copied, _normalisation, _no_progress, _rates, _refused, _memory)
 WARNINGS: tuple[Look, ...] = (_dropped, _some_copied, _waiting, _unlooked, _unforeseen)
