@@ -19,11 +19,11 @@ from tlearn import quick
 from tlearn.config import Model
 from tlearn.configfile import dump_config, full_config, load_config, shrunk
 from tlearn.data.prepare import prepare
+from tlearn.faults import Leaks
 from tlearn.forecast import Forecast, Room
 from tlearn.models.build import build_model, nearest_size
 from tlearn.trained import load_trained
 from tlearn.trial import Evidence, look, near_copies
-from tlearn.verdict import Leaks
 
 RECIPE = (
     *TINY,

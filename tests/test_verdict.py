@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from tlearn.advice import Advice
+from tlearn.faults import Against, Copy, Facts, Fault, Leaks
 from tlearn.forecast import Forecast, Measured, Room, StageCost, forecast
 from tlearn.metrics import wilson_interval
-from tlearn.verdict import EXIT_CODES, Against, Copy, Facts, Fault, Leaks, decide
+from tlearn.verdict import EXIT_CODES, decide
 
 ROOM = Room(memory_mib=16_000, device_mib=None, processes=1)
 SMALL = Forecast(60, 40, 2_000, None, 0.0, 224, {"all": 60}, ROOM)

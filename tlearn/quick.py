@@ -27,6 +27,7 @@ from tlearn.configfile import completed, differing_keys, dump_config, load_confi
 from tlearn.console import show
 from tlearn.data.source import Indexed
 from tlearn.errors import DivergedError, NoGradientError, RankFailedError, StoppedBySignalError, TlearnError
+from tlearn.faults import Facts, Fault, Leaks
 from tlearn.files import new_run, write_json, write_text
 from tlearn.folder import Resume
 from tlearn.forecast import Forecast
@@ -39,7 +40,7 @@ from tlearn.signals import StopFlag
 from tlearn.stages import expand
 from tlearn.tables import verdict_table
 from tlearn.trial import Evidence, foresee, look
-from tlearn.verdict import Facts, Fault, Leaks, decide
+from tlearn.verdict import decide
 
 Report = dict[str, Any]
 

@@ -31,6 +31,7 @@ from tlearn.data.loader import EVAL_IMAGES, Share
 from tlearn.data.shards import Split
 from tlearn.data.source import Indexed, open_source
 from tlearn.errors import TlearnError
+from tlearn.faults import Against, Colours, Copy, Leaks
 from tlearn.features import why_not
 from tlearn.forecast import Forecast, Measured, Room, StageCost, forecast
 from tlearn.models.build import Card, build_model
@@ -40,7 +41,6 @@ from tlearn.probe import Labels, Matrix, fitted, frozen_features
 from tlearn.run import train
 from tlearn.runtime import Runtime, use_cpu
 from tlearn.stages import expand, filled, resolve
-from tlearn.verdict import Against, Colours, Copy, Leaks
 
 STEPS = 4
 """Of every stage of a trial; the first one is left out, since memory is found and kernels are chosen in it."""
