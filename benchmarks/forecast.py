@@ -23,9 +23,9 @@ def foreseen(arguments: list[str]) -> tuple[float, float]:
     """Seconds and MiB that a forecast says."""
     from tlearn.configfile import load_config
     from tlearn.launch import run_ranks
-    from tlearn.trial import foresee
+    from tlearn.trial import foresee, mapped_mib
 
-    found = run_ranks(foresee, (load_config(arguments[0], arguments[1:]), 1, 1), 1)[0]
+    found = run_ranks(foresee, (load_config(arguments[0], arguments[1:]), 1, 1, mapped_mib()), 1)[0]
     return found.wall_s, found.memory_mib
 
 

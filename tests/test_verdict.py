@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tlearn.advice import Advice
+from tlearn.advice import NOT_FINITE, Advice
 from tlearn.faults import Against, Copy, Facts, Fault, Leaks
 from tlearn.forecast import Forecast, Measured, Room, StageCost, forecast
 from tlearn.metrics import wilson_interval
@@ -93,7 +93,7 @@ def test_a_loss_that_rises_in_a_few_steps_but_in_no_epoch_is_no_fault() -> None:
 
 
 def test_a_step_that_fp16_skips_for_its_scale_is_no_fault() -> None:
-    skipped = (Advice("loss or gradient not finite", "1 of 27 steps", "optimizer.lr=1e-4"),)
+    skipped = (Advice(NOT_FINITE, "1 of 27 steps", "optimizer.lr=1e-4"),)
     assert decide(replace(GOOD, too_fast=skipped, skipped=1)).word == "go"
     assert decide(replace(GOOD, too_fast=skipped, skipped=9)).word == "no-go"
 
@@ -121,7 +121,7 @@ def test_mcnemar_is_that_of_a_fair_coin() -> None:
 
 def test_a_forecast_is_images_times_their_seconds() -> None:
     stages = (StageCost("head", 4, 0.02, None), StageCost("all", 2, 0.06, None))
-    measured = Measured(stages, 0.01, 1000, 5, 2000, None, 224)
+    measured = Measured(stages, 0.01, 1000, 0.0, 5, 2000, None, 224)
     found = forecast(measured, {"train": 1000, "val": 100, "test": 50}, 1, ROOM)
     # 4 x (1000 x 0.02 + 100 x 0.01) + 2 x (1000 x 0.06 + 1) + (100 + 50) x 0.01 + 5
     assert found.stage_s == pytest.approx({"head": 84, "all": 122})
@@ -132,14 +132,21 @@ def test_a_forecast_is_images_times_their_seconds() -> None:
 
 def test_a_forecast_knows_that_stored_features_cost_less_and_are_looked_at_once() -> None:
     stages = (StageCost("head", 10, 0.02, 4), StageCost("more", 10, 0.03, 4))
-    measured = Measured(stages, 0.015, 1000, 0, 2000, None, 224)
+    measured = Measured(stages, 0.015, 1000, 0.0, 0, 2000, None, 224)
     found = forecast(measured, {"train": 1000, "val": 100}, 1, ROOM)
     assert found.stage_s["head"] == pytest.approx(4 * 1000 * 0.015 + 100 * 0.015 + 10 * 1000 * 0.005)
     assert found.stage_s["more"] == pytest.approx(10 * 1000 * 0.015)
 
 
 def test_a_slow_loader_makes_a_run_slow() -> None:
-    measured = Measured((StageCost("all", 2, 0.01, None),), 0.0, 50, 0, 2000, None, 224)
+    measured = Measured((StageCost("all", 2, 0.01, None),), 0.0, 50, 0.0, 0, 2000, None, 224)
     found = forecast(measured, {"train": 1000, "val": 0}, 1, ROOM)
     assert found.wall_s == pytest.approx(2 * 1000 / 50)
     assert found.waiting == pytest.approx(0.5)
+
+
+def test_a_loader_takes_cores_from_a_network_that_computes_on_them() -> None:
+    measured = Measured((StageCost("all", 2, 0.01, None),), 0.0, 200, 0.5, 0, 2000, None, 224)
+    found = forecast(measured, {"train": 1000, "val": 0}, 1, ROOM)
+    assert found.wall_s == pytest.approx(2 * 1000 * (0.01 + 0.5 / 200))
+    assert found.waiting == pytest.approx(0)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from scipy.special import bdtr
 
-from tlearn.advice import RISE, Advice
+from tlearn.advice import NOT_FINITE, RISE, Advice
 from tlearn.forecast import Forecast
 from tlearn.metrics import wilson_interval
 
@@ -232,7 +232,7 @@ def _rates(facts: Facts) -> Fault | None:
     losses = [loss for loss in facts.losses if loss is not None]
     rises = any(after > RISE * before for before, after in pairwise(losses))
     many = facts.skipped > SKIPPED * facts.steps
-    signs = [sign for sign in facts.too_fast if (many if "finite" in sign.symptom else rises)]
+    signs = [sign for sign in facts.too_fast if (many if sign.symptom == NOT_FINITE else rises)]
     if not signs:
         return None
     return Fault("rates too high", f"{signs[0].symptom}: {signs[0].numbers}", f"set {signs[0].options}")

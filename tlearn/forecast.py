@@ -17,7 +17,8 @@ class StageCost:
     name: str
     epochs: int
     image_s: float
-    """Of training an image, every layer computing, in a step with this process's part of the batch."""
+    """Of training an image, every layer computing, in a step with this process's part of the batch; images were there
+    already, as at the beginning of a run."""
     views: int | None
     """Changed versions of an image, where the outputs of its frozen layers are stored; None: they are not."""
 
@@ -31,6 +32,8 @@ class Measured:
     """To evaluate an image."""
     loaded_per_s: float
     """Images that the loader gives while nothing is computed."""
+    shared: float
+    """Of the cores on which the network computes, what the loader takes to give so many; 0 on an accelerator."""
     once_s: float
     """What comes once in a run: building the model, the first and the last words."""
     memory_mib: float
@@ -97,15 +100,17 @@ def forecast(measured: Measured, sizes: dict[str, int], processes: int, room: Ro
     """
     train, val = ceil(sizes["train"] / processes), ceil(sizes["val"] / processes)
     loading_s, val_s = 1 / measured.loaded_per_s, val * measured.val_image_s
+    beside_s = measured.shared * loading_s
     seconds, computing_s, training_s, looked = dict[str, float](), 0.0, 0.0, 0
     for stage in measured.stages:
         images = stage.epochs * train
         if stage.views is None:
-            seconds[stage.name] = images * max(stage.image_s, loading_s) + stage.epochs * val_s
-            computing_s += images * stage.image_s
-            training_s += images * max(stage.image_s, loading_s)
+            own_s = stage.image_s + beside_s
+            seconds[stage.name] = images * max(own_s, loading_s) + stage.epochs * val_s
+            computing_s += images * own_s
+            training_s += images * max(own_s, loading_s)
             continue
-        rest_s = max(stage.image_s - measured.val_image_s, REST * stage.image_s)
+        rest_s = max(stage.image_s - max(0.0, measured.val_image_s - beside_s), REST * stage.image_s)
         fill_s = max(0, stage.views - looked) * train * max(measured.val_image_s, loading_s) + val_s * (looked == 0)
         looked = max(looked, stage.views)
         seconds[stage.name] = fill_s + images * rest_s

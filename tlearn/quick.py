@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from tlearn.advice import Seen, advise, read_run, too_fast
+from tlearn.advice import Seen, read_run, still_improves, too_fast
 from tlearn.auto import make_plan
 from tlearn.config import Config
 from tlearn.configfile import completed, differing_keys, dump_config, load_config, shrunk
@@ -39,7 +39,7 @@ from tlearn.runtime import Runtime
 from tlearn.signals import StopFlag
 from tlearn.stages import expand
 from tlearn.tables import verdict_table
-from tlearn.trial import Evidence, foresee, look
+from tlearn.trial import Evidence, foresee, look, mapped_mib
 from tlearn.verdict import decide
 
 Report = dict[str, Any]
@@ -252,7 +252,7 @@ def _scores(seen: Seen, card: Card) -> Report:
         "too_fast": tuple(too_fast(seen)),
         "steps": len(steps),
         "skipped": sum(bool(row.get("rejected")) for row in steps),
-        "still_improving": any(advice.symptom == "still improving at the end" for advice in advise(seen)),
+        "still_improving": still_improves(seen),
     }
 
 
@@ -261,7 +261,7 @@ def _outlook(full: Config, processes: int, here: int) -> tuple[Forecast | None, 
     if full.data.reader != "indexed":  # all of a stream's val images are evaluated, or none
         return None, {"no_forecast": "data.reader: stream has no index of which a few images could be picked"}
     try:
-        return run_ranks(foresee, (full, processes, here), 1)[0], {}
+        return run_ranks(foresee, (full, processes, here, mapped_mib()), 1)[0], {}
     except TlearnError as error:
         return None, {"refused": str(error)}
     except (RankFailedError, DivergedError) as error:

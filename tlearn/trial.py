@@ -6,6 +6,7 @@ told of a process that has done nothing else.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -17,7 +18,6 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import closing, redirect_stderr, suppress
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from tlearn.configfile import load_config
 from tlearn.data.loader import EVAL_IMAGES, Share
 from tlearn.data.shards import Split
 from tlearn.data.source import Indexed, open_source
+from tlearn.data.workers import available_cores
 from tlearn.errors import TlearnError
 from tlearn.faults import Against, Colours, Copy, Leaks
 from tlearn.features import why_not
@@ -90,14 +91,14 @@ def look(run: Path) -> Evidence:
                 raise TlearnError("the weights were random")
             _, x, y = frozen_features(config)
         except TlearnError as error:
-            return Evidence(None, str(error), replace(leaks, unseen=str(error)), missing, None)
+            return Evidence(None, str(error), dataclasses.replace(leaks, unseen=str(error)), missing, None)
         copies = near_copies(x["train"], x["val"])
         listed = tuple(
             Copy(_name(source.splits["val"], i), _name(source.splits["train"], j), round(cosine, 4))
             for i, j, cosine in copies[:LISTED]
         )
         looked_at = source.sizes["train"], source.sizes["val"]
-        leaks = replace(leaks, copies=len(copies), listed=listed, looked_at=looked_at)
+        leaks = dataclasses.replace(leaks, copies=len(copies), listed=listed, looked_at=looked_at)
         own = _own_colours(config, source) if config.data.normalise == "own" else None
         try:
             predicted = fitted(config, x, y, "linear").predicted
@@ -166,13 +167,22 @@ def _against(run: Classifier, source: Indexed, probe: Labels, labels: Labels) ->
     return Against(int((ours & theirs).sum()), int((ours & ~theirs).sum()), int((~ours & theirs).sum()))
 
 
-def foresee(config: Config, processes: int, here: int) -> Forecast:
+def mapped_mib() -> float:
+    """What this process has in memory of files such as torch's libraries; a fork counts only what it has touched."""
+    with suppress(OSError):
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith("RssFile")), 0.0)
+    return 0.0
+
+
+def foresee(config: Config, processes: int, here: int, mapped: float) -> Forecast:
     """Train a few steps of every stage at full size, with the part of a batch that one process has.
 
     Args:
         config: of the full run, with an index.
         processes: of the run.
         here: of these on this machine.
+        mapped: `mapped_mib` of a process like those of the run.
 
     Raises:
         TlearnError: what the full run would raise.
@@ -182,6 +192,8 @@ def foresee(config: Config, processes: int, here: int) -> Forecast:
     with redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory(prefix="tlearn-trial-") as folder:
         sizes = open_source(config).sizes
         measured = _measured(expand(config), Path(folder) / "run", sizes, processes)
+    memory_mib = measured.memory_mib + max(0.0, mapped - mapped_mib())
+    measured = dataclasses.replace(measured, memory_mib=memory_mib)
     device = None if use_cpu() else torch.accelerator.get_memory_info()[1] / 2**20
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
     return forecast(measured, sizes, processes, Room(memory, device, here))
@@ -214,6 +226,7 @@ def _measured(config: Config, folder: Path, sizes: dict[str, int], processes: in
         stages=costs,
         val_image_s=val_s / val,
         loaded_per_s=_loaded_per_s(recorded, part),
+        shared=min(1.0, config.data.workers / available_cores()) if use_cpu() else 0.0,
         once_s=max(0.0, wall_s - sum(whole.values()) - val_s),
         memory_mib=peak,
         device_mib=result["peak_device_mib"],
