@@ -31,6 +31,11 @@ ROWS = rows_of_the_architecture()
 WITHIN_A_ROW = {
     ("configfile", "config"),
     ("configfile", "dataconfig"),
+    ("configfile", "shrink"),
+    ("shrink", "config"),
+    ("verdict", "faults"),
+    ("faults", "forecast"),
+    ("faults", "advice"),
     ("config", "dataconfig"),
     ("config", "modelconfig"),
     ("modelconfig", "dataconfig"),
@@ -162,6 +167,8 @@ LIGHT = (
     "tlearn.stages",
     "tlearn.planner",
     "tlearn.advice",
+    "tlearn.verdict",
+    "tlearn.forecast",
     "tlearn.data.prepare",
     "tlearn.errors",
 )

@@ -31,6 +31,7 @@ LOW = 0.7
 """Train top-1 below which the network has not even learned the images that it saw."""
 GROWTH = 0.005
 """Val top-1 of the last epoch above that of all before it: it has not come to an end."""
+NOT_FINITE = "loss or gradient not finite"
 _SMALLER_PX = (192, 160, 128, 96, 64)
 _NO_MEMORY = re.compile(
     r"[^\n]*(?:out of memory|OutOfMemoryError|OUT_OF_MEMORY|oom[-_ ]kill|killed by SIGKILL)[^\n]*", re.I
@@ -105,6 +106,16 @@ def read_run(folder: Path) -> Seen:
     return Seen(load_config(folder / "config.yaml"), rows, result, text, result is not None)
 
 
+def too_fast(seen: Seen) -> list[Advice]:
+    """Signs of rates that are too high."""
+    return [advice for look in (_not_finite, _rising) if (advice := look(seen)) is not None]
+
+
+def still_improves(seen: Seen) -> bool:
+    """Whether the last epoch is the best by far."""
+    return _still_improving(seen) is not None
+
+
 def advise(seen: Seen) -> list[Advice]:
     """What to change, the most urgent first; empty where no symptom was found."""
     return [advice for look in SYMPTOMS if (advice := look(seen)) is not None]
@@ -139,7 +150,7 @@ def _not_finite(seen: Seen) -> Advice | None:
     option, rate = seen.rate(bad[0]["stage"])
     half = " or precision=fp32" if seen.config.precision in ("fp16", "bf16") else ""
     return Advice(
-        "loss or gradient not finite",
+        NOT_FINITE,
         f"{len(bad)} of {len(steps)} steps, first at step {bad[0]['step']} (stage {bad[0]['stage']}, rate {rate:g})",
         f"{option}={rate / 10:g}{half}",
     )

@@ -1,6 +1,7 @@
 """The commands: parse, delegate, turn outcomes into exit codes. torch is imported only where it is needed.
 
-Exit codes: 0 done, 2 bad input or configuration, 75 stopped by a signal with everything saved, 1 anything else.
+Exit codes: 0 done, 2 bad input or configuration, 3 no-go and 4 unsure of a quick run, 75 stopped by a signal with
+everything saved, 1 anything else.
 A command runs in this process; `--nproc N` starts N of them unless a launcher (accelerate, torchrun) has done so.
 """
 
@@ -95,7 +96,15 @@ def prepare(
 @app.command()
 def train(
     config: Annotated[list[str] | None, typer.Argument(help="[CONFIG.yaml] [a.b=c ...]", show_default=False)] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A short run on small images; see quick.* options.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="A short run on small images (quick.*), and a verdict: exit code 0 go, 3 no-go, 4 unsure."
+        ),
+    ] = False,
+    quick_first: Annotated[
+        bool, typer.Option("--quick-first", help="That in RUN/quick, and the full run only on a go.")
+    ] = False,
     run: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<time>-<strategy>.")] = None,
     nproc: NprocOption = None,
     resume: Annotated[ResumeMode, typer.Option(help="Go on with the run in the folder?")] = ResumeMode.auto,
@@ -104,18 +113,29 @@ def train(
     ] = False,
 ) -> None:
     """Train and evaluate a classifier. Without CONFIG, --run RUN goes on with the run in RUN."""
-    from tlearn.configfile import load_config
+    from tlearn.configfile import full_config, load_config
     from tlearn.launch import in_processes
 
     file, overrides = recipe(config, run)
     if run is None and resume is ResumeMode.must:
         raise TlearnError("--resume must: goes on with a run; name its folder: --run RUN")
-    parsed = load_config(file, overrides, quick=quick)
+    if quick and quick_first:
+        raise TlearnError("--quick: has no effect with --quick-first, which begins with one; leave it out")
+    parsed, given = full_config(file, overrides) if quick or quick_first else (load_config(file, overrides), None)
+    if quick and given and "quick.init_from_quick" in given:
+        raise TlearnError("the command line: quick.init_from_quick has no effect without --quick-first")
     if parsed.data.reader == "indexed" and (nproc or 1) > 1 and "WORLD_SIZE" not in os.environ:
         from tlearn.data.prepare import open_or_prepare
 
         open_or_prepare(parsed.data.path)  # here, where its progress is seen, before there are several processes
-    in_processes("tlearn.run:train", nproc, parsed, run, resume.value, override)
+    if given is None:
+        in_processes("tlearn.run:train", nproc, parsed, run, resume.value, override)
+        return
+    from tlearn.verdict import EXIT_CODES
+
+    name = "tlearn.quick:quick_first" if quick_first else "tlearn.quick:quick"
+    report = in_processes(name, nproc, parsed, given, run, resume.value, override)
+    raise typer.Exit(EXIT_CODES[report["verdict"]])
 
 
 @app.command()

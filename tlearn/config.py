@@ -238,7 +238,7 @@ class Tracking(Section):
 
 
 class Quick(Section):
-    """What `--quick` changes; without `--quick` these have no effect."""
+    """What `--quick` and `--quick-first` change; without them these have no effect."""
 
     image_size: int = Field(128, ge=16, le=2048)
     """Largest image size of a quick run, px."""
@@ -246,6 +246,11 @@ class Quick(Section):
     """Largest number of train images, and of val images; classes as equal as they can be."""
     epochs: Epochs = 6
     """Epochs of all stages together; every stage keeps at least one."""
+    minutes: float | None = Field(None, gt=0)
+    """Stop the training after so many minutes, with the verdict `unsure`; the same command goes on. How long a quick
+    run is follows from data and config, not from this. null: no limit."""
+    init_from_quick: bool = False
+    """With `--quick-first` the full run starts from the quick run's weights, head included: progressive resizing."""
 
 
 class RunOptions(Section):

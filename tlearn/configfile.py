@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from tlearn.config import Config
 from tlearn.dataconfig import Section
 from tlearn.errors import TlearnError
+from tlearn.shrink import changes
 
 _SCALARS = (
     ("null", r"^(?:~|null|)$", ["~", "n", ""]),
@@ -84,6 +85,34 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
     Raises:
         TlearnError: one message with every problem: where, value, what is allowed, the nearest key.
     """
+    config, given = _loaded(path, overrides, quick=quick)
+    return shrunk(config, given) if quick else config
+
+
+def full_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> tuple[Config, frozenset[str]]:
+    """What `shrunk` makes a quick run of: the full run, and the options of the command line.
+
+    Raises:
+        TlearnError: as `load_config`.
+    """
+    return _loaded(path, overrides, quick=True)
+
+
+def shrunk(config: Config, given: Iterable[str]) -> Config:
+    """What `--quick` makes of a run; options that were `given` on the command line stay.
+
+    Raises:
+        TlearnError: options that do not go together then.
+    """
+    raw, explicit = given_options(config), frozenset(given)
+    for key, value in changes(config):
+        # `stages=[...]` covers `stages.0.epochs`; `stages.0.epochs=2` only itself
+        if not any(key == other or key.startswith(f"{other}.") for other in explicit):
+            _put(raw, key, value)
+    return _validate(raw, "the configuration with --quick", explicit)
+
+
+def _loaded(path: str | Path | None, overrides: Sequence[str], *, quick: bool) -> tuple[Config, frozenset[str]]:
     raw = _read_yaml(Path(path)) if path is not None else {}
     given = dict(_parse_override(text) for text in overrides)
     # A strategy named on the command line replaces the stages of a file (of a finished run, say).
@@ -91,18 +120,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
         raw.pop("stages", None)
     for key, value in given.items():
         _put(raw, key, value)
-    source = f"{path}" if path is not None else "the command line"
-    explicit = {leaf for key, value in given.items() for leaf in _dict_leaves(key, value)}
-    config = _validate(raw, source, explicit)
+    explicit = frozenset(leaf for key, value in given.items() for leaf in _dict_leaves(key, value))
+    config = _validate(raw, f"{path}" if path is not None else "the command line", explicit)
     _check_effect(config, explicit, quick=quick)
-    if not quick:
-        return config
-    raw = config.model_dump(mode="json", exclude_unset=True)
-    for key, value in _quick_changes(config):
-        # `stages=[...]` covers `stages.0.epochs`; `stages.0.epochs=2` only itself
-        if not any(key == other or key.startswith(f"{other}.") for other in explicit):
-            _put(raw, key, value)
-    return _validate(raw, f"{source} with --quick", explicit)
+    return config, explicit
 
 
 def _check_effect(config: Config, given: Iterable[str], *, quick: bool) -> None:
@@ -206,53 +227,6 @@ def _dict_leaves(key: str, value: Any) -> Iterator[str]:
             yield from _dict_leaves(f"{key}.{name}", inner)
     else:
         yield key
-
-
-def _quick_changes(config: Config) -> Iterator[tuple[str, Any]]:
-    """What `--quick` sets: the same stages on fewer and smaller images, shorter, their schedules in proportion."""
-    quick = config.quick
-    yield "data.image_size", min(config.data.image_size or quick.image_size, quick.image_size)
-    if config.data.stream is not None:
-        yield "data.stream.train_samples", min(config.data.stream.train_samples, quick.samples)
-    else:
-        for key in ("max_train", "max_val"):
-            yield f"data.{key}", min(getattr(config.data, key) or quick.samples, quick.samples)
-    yield "batch.size", min(config.batch.size, quick.samples)
-    if config.stages is None:
-        epochs = min(config.epochs, quick.epochs)
-        yield "epochs", epochs
-        yield from _shortened("schedule", config.schedule, epochs / config.epochs)
-        return
-    before = [stage.epochs for stage in config.stages]
-    after = _shares(before, quick.epochs)
-    yield from _shortened("schedule", config.schedule, sum(after) / sum(before))
-    for i, (stage, epochs) in enumerate(zip(config.stages, after, strict=True)):
-        yield f"stages.{i}.epochs", epochs
-        if stage.image_size is not None:
-            yield f"stages.{i}.image_size", min(stage.image_size, quick.image_size)
-        if stage.schedule is not None:
-            yield from _shortened(f"stages.{i}.schedule", stage.schedule, epochs / stage.epochs)
-
-
-def _shares(epochs: Sequence[int], total: int) -> list[int]:
-    """`total` epochs shared out in proportion, at least one each; what is shorter already stays as it is."""
-    if sum(epochs) <= total:
-        return list(epochs)
-    shares = [1] * len(epochs)
-    for _ in range(total - len(epochs)):
-        # the stage that is furthest below its share
-        i = max(range(len(epochs)), key=lambda i: epochs[i] / shares[i])
-        shares[i] += 1
-    return shares
-
-
-def _shortened(key: str, schedule: Any, ratio: float) -> Iterator[tuple[str, Any]]:
-    """Everything in a schedule that is measured in epochs."""
-    if ratio < 1:
-        for name in ("warmup_epochs", "step_epochs", "t_0"):
-            value = getattr(schedule, name, None)
-            if value and not isinstance(value, str):  # shares of the stage shrink with it
-                yield f"{key}.{name}", value * ratio
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

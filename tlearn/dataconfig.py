@@ -122,6 +122,8 @@ class Data(Section):
     """Train on at most this many images, the classes as equal as they can be. Default: all."""
     max_val: int | None = Field(None, ge=1)
     """Validate on at most this many images, the classes as equal as they can be. Default: all."""
+    score_test: bool = True
+    """Score the test split, where there is one, at the end of the run; `--quick` leaves that to the full run."""
     eval_flips: bool = False
     """Evaluation and prediction take the mean of the logits of every image and of its mirror image."""
     workers: int = Field(2, ge=0, le=256)

@@ -112,7 +112,7 @@ def run_stage(
 
     Raises:
         StoppedBySignalError: after everything was saved.
-        TlearnError: a trainable parameter without gradient.
+        NoGradientError: a trainable parameter without gradient.
         DivergedError: gradients that stay non-finite.
         RankFailedError: the ranks do not hold the same model.
     """

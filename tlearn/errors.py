@@ -9,6 +9,10 @@ class TlearnError(ValueError):
     exit_code = 2
 
 
+class NoGradientError(TlearnError):
+    """Parameters that are to be trained have no way to the loss."""
+
+
 class DivergedError(RuntimeError):
     """Training produces nothing but non-finite gradients."""
 

@@ -92,7 +92,7 @@ class Features:
             yield images
 
     def _why_not(self, stage: Stage) -> str | None:
-        return _why_not(self.config, self.model, self.source, stage, self.progress.features.get(stage.name))
+        return why_not(self.config, self.model, self.source, stage, self.progress.features.get(stage.name))
 
     def _cache(self, number: int) -> StageCache:
         assert isinstance(self.source, Indexed)
@@ -129,7 +129,7 @@ def check_features(config: Config, model: Model, source: Source, stage: Stage) -
     Raises:
         TlearnError: `features.cache: on`, and why not.
     """
-    reason = _why_not(config, model, source, stage, None)
+    reason = why_not(config, model, source, stage, None)
     if config.features.cache == "on" and reason not in (None, NOTHING_FROZEN):
         raise _refused(stage, reason)
 
@@ -138,7 +138,7 @@ def _refused(stage: Stage, reason: str | None) -> TlearnError:
     return TlearnError(f"features.cache: on: stage {stage.name}: {reason}")
 
 
-def _why_not(config: Config, model: Model, source: Source, stage: Stage, recorded: str | None) -> str | None:
+def why_not(config: Config, model: Model, source: Source, stage: Stage, recorded: str | None) -> str | None:
     """Why the frozen layers of a stage run in every step, as far as that can be said beforehand."""
     choice = config.features.cache
     if all(p.requires_grad for p in model.net.parameters()):

@@ -56,6 +56,8 @@ SAFE_TO_CHANGE = (
 Stages that have not ended are as safe."""
 
 
+_BEFORE = {"slurm", "quick"}
+
 PATIENCE_S = 5.0
 """The loader workers of a run that was killed hold its folder until they notice, some milliseconds later."""
 
@@ -93,8 +95,8 @@ class RunFolder:
         """
         found = None
         if not self.config.exists():
-            # what `tlearn submit` put there is no run yet
-            if self.path.exists() and (not self.path.is_dir() or any(p.name != "slurm" for p in self.path.iterdir())):
+            # what `tlearn submit` and `--quick-first` put there is no run yet
+            if self.path.exists() and not (self.path.is_dir() and {p.name for p in self.path.iterdir()} <= _BEFORE):
                 raise TlearnError(f"{self.path}: is not empty and holds no run; choose another --run")
         elif resume == "never":
             raise TlearnError(f"{self.path}: holds a run; choose another --run, or --resume auto to go on with it")

@@ -44,8 +44,9 @@ class Model(Section):
     """`timm:NAME` or `torchvision:NAME`; a bare name is looked up in timm, then in torchvision. `A + B`: side by side,
     their features joined in front of one head; `parts.0` and `parts.1` in rules."""
     weights: str = "default"
-    """`default` or a tag (from the library's hub), a file (.safetensors, .pth), `package:NAME`, or `random`; for
-    several backbones one for all, or `A + B`."""
+    """`default` or a tag (from the library's hub), a file (.safetensors, .pth), `package:NAME`, the folder of another
+    run (its best weights, head included where the classes are the same), or `random`; for several backbones one for
+    all, or `A + B`."""
     head: TextHead | None = None
     """Default: a Linear layer that starts at zero."""
     stem: Literal["original", "small_image"] = "original"

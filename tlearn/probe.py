@@ -72,21 +72,8 @@ def probe(config: Config, classifier: Classifier) -> dict[str, Any]:
         TlearnError: a class with fewer than two train images, a model without a head to cut off.
     """
     start = time.perf_counter()
-    runtime = Runtime()
-    if config.data.reader != "indexed":
-        raise TlearnError("data.reader: a probe needs an index; prepare the data")
-    source = Indexed(config)
-    model = build_model(config, len(source.classes), None, source.colours)
-    runtime.set_precision(choose_precision(config.precision, runtime.device, model)[0])
-    model.net.to(runtime.device)
-    x, y = _features(config, runtime, model, source)
-    smallest = int(np.bincount(y["train"], minlength=len(source.classes)).min())
-    if smallest < 2:
-        raise TlearnError(f"{config.data.path}: a class has {smallest} train images; cross-validation needs two")
-    folds = StratifiedKFold(min(FOLDS, smallest), shuffle=True, random_state=config.seed % 2**32)
-    splits = list(folds.split(x["train"], y["train"]))
-    fit = _linear if classifier == "linear" else _sklearn
-    choice = fit(classifier, x["train"], y["train"], x["val"], splits, config.seed)
+    model, x, y = frozen_features(config)
+    choice = fitted(config, x, y, classifier)
     hits, n = int((choice.predicted == y["val"]).sum()), len(y["val"])
     return {
         "backbone": model.backbone,
@@ -102,6 +89,37 @@ def probe(config: Config, classifier: Classifier) -> dict[str, Any]:
         "largest_class": float(np.bincount(y["val"]).max() / n),
         "seconds": round(time.perf_counter() - start, 2),
     }
+
+
+def frozen_features(config: Config) -> tuple[Model, dict[str, Matrix], dict[str, Labels]]:
+    """A backbone, what reaches its head, (n, features), and labels, by split.
+
+    Raises:
+        TlearnError: no index, a model without a head to cut off.
+    """
+    runtime = Runtime()
+    if config.data.reader != "indexed":
+        raise TlearnError("data.reader: a probe needs an index; prepare the data")
+    source = Indexed(config)
+    model = build_model(config, len(source.classes), None, source.colours)
+    runtime.set_precision(choose_precision(config.precision, runtime.device, model)[0])
+    model.net.to(runtime.device)
+    return model, *_features(config, runtime, model, source)
+
+
+def fitted(config: Config, x: dict[str, Matrix], y: dict[str, Labels], classifier: Classifier) -> Choice:
+    """A classifier of features, its options chosen by cross-validation on train.
+
+    Raises:
+        TlearnError: a class with fewer than two train images.
+    """
+    smallest = int(np.bincount(y["train"], minlength=int(y["val"].max()) + 1).min())
+    if smallest < 2:
+        raise TlearnError(f"{config.data.path}: a class has {smallest} train images; cross-validation needs two")
+    folds = StratifiedKFold(min(FOLDS, smallest), shuffle=True, random_state=config.seed % 2**32)
+    splits = list(folds.split(x["train"], y["train"]))
+    fit = _linear if classifier == "linear" else _sklearn
+    return fit(classifier, x["train"], y["train"], x["val"], splits, config.seed)
 
 
 def _features(

@@ -10,7 +10,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from tlearn.data.loader import Batch
-from tlearn.errors import RankFailedError, TlearnError
+from tlearn.errors import NoGradientError, RankFailedError, TlearnError
 from tlearn.optim import state_to_come
 from tlearn.runtime import Runtime
 
@@ -76,7 +76,7 @@ def warm_up(runtime: Runtime, shell: nn.Module, optimizer: torch.optim.Optimizer
         batch: of one sample.
 
     Raises:
-        TlearnError: trainable parameters without gradient.
+        NoGradientError: trainable parameters without gradient.
     """
     runtime.accelerator.backward(shell(batch).loss * 0)
     missing = [
@@ -86,7 +86,7 @@ def warm_up(runtime: Runtime, shell: nn.Module, optimizer: torch.optim.Optimizer
         if parameter.grad is None
     ]
     if missing:
-        raise TlearnError(
+        raise NoGradientError(
             f"stages: {len(missing)} trainable parameters get no gradient ({', '.join(missing[:3])}): the model "
             "does not use them; freeze them with a rule of multiplier 0"
         )

@@ -143,7 +143,7 @@ def assembled(config: Config, runtime: Runtime, wanted: str, card: Card | None =
     source = open_source(config)
     share = _share(config, runtime, source.sizes["train"])
     texts = card.texts if card else runtime.on_main(lambda: text_features(config.model.head, source.classes))
-    model = build_model(config, len(source.classes), card, source.colours, texts)
+    model = build_model(config, len(source.classes), card, source.colours, source.classes, texts)
     precision, measured = runtime.on_main(lambda: choose_precision(wanted, runtime.device, model))
     _check_precision(precision, runtime)
     runtime.set_precision(precision)

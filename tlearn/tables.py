@@ -91,6 +91,34 @@ def probe_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def verdict_table(report: Mapping[str, Any]) -> Table:
+    """What a verdict rests on, and what the full run will take."""
+    table = _table(f"verdict: {report['verdict']}", "what", "value")
+    size = next(key.partition("@")[2] for key in report if key.startswith("val/top1@"))
+    if report[f"val/top1@{size}"] is not None:
+        low, high = report[f"val/top1_interval95@{size}"]
+        table.add_row(f"val/top1@{size}, last epoch", f"{report[f'val/top1@{size}']:.1%} ({low:.1%} to {high:.1%})")
+        table.add_row("largest class", f"{report['largest_class']:.1%} of {report['val/n']:,} val images")
+    if report["probe"] is not None:
+        p = report["probe"]
+        table.add_row("linear probe", f"{(p['both'] + p['only_probe']) / report['val/n']:.1%}")
+    full = report["full_run"]
+    if full is not None:
+        device = f", {full['device_mib'] / 1024:.1f} GiB of the device" if full["device_mib"] else ""
+        table.add_row(f"full run at {full['image_size_px']} px", f"about {duration(full['wall_s'])}")
+        table.add_row("its speed", f"{full['train_images_per_s']:.3g} training images/s, all in all")
+        table.add_row("its memory", f"{full['memory_mib'] / 1024:.1f} GiB a process{device}")
+    return table
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits."""
+    for unit, length in (("s", 1), ("min", 60), ("h", 3600)):
+        if seconds < 100 * length or unit == "h":
+            break
+    return f"{seconds / length:.2g} {unit}"
+
+
 def plan_table(plan: Plan) -> Table:
     """One row a choice."""
     table = _table("plan", "what", "value", "why")

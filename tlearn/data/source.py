@@ -58,6 +58,8 @@ class Indexed:
         self.data, self.seed = config.data, config.seed
         self.classes, self.fingerprint = index.classes, index.fingerprint
         self.splits = dict(index.splits)
+        if not config.data.score_test:
+            self.splits.pop("test", None)
         for name, limit in (("train", config.data.max_train), ("val", config.data.max_val)):
             if name not in self.splits:
                 raise TlearnError(f"{index.root}: has no {name} images; prepare the data again, with --val 0.2, say")

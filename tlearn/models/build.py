@@ -35,7 +35,7 @@ from tlearn.models.backbones import (
 from tlearn.models.heads import Prototypes, Texts, new_head
 from tlearn.models.hybrid import Hybrid, build_hybrid
 from tlearn.models.stem import small_image_stem
-from tlearn.models.weights import BESIDE
+from tlearn.models.weights import BESIDE, BEST, CARD, is_run, load_state, read_weights
 
 _FAR_PX = 65
 """Sizes further away are not looked at."""
@@ -252,6 +252,7 @@ def build_model(
     classes: int,
     card: Card | None = None,
     colours: tuple[Colour, Colour] | None = None,
+    names: tuple[str, ...] = (),
     texts: Prototypes | None = None,
 ) -> Model:
     """The configured backbone with a head for `classes`, which starts at zero (the first loss is ln(classes)), or
@@ -262,13 +263,15 @@ def build_model(
         classes: how many.
         card: of a run that goes on: its weights come from a checkpoint, so that none are looked for here.
         colours: mean and standard deviation of the train images, for `data.normalise: own`.
+        names: of the classes: another run's head is taken where it has the same.
         texts: of the classes, for `model.head.text`.
 
     Raises:
         TlearnError: unknown names, weights that cannot be had or do not fit, a size that the model cannot take.
     """
     torch.manual_seed(config.seed)
-    options = _random(config.model) if card else config.model
+    earlier = None if card or not is_run(config.model.weights) else Path(config.model.weights).expanduser()
+    options = _random(config.model) if card or earlier else config.model
     binary = config.objective.name == "binary"
     if binary and classes != 2:
         raise TlearnError(f"objective.name = 'binary': the data have {classes} classes; use supervised")
@@ -285,7 +288,10 @@ def build_model(
                 same = copy.deepcopy(net).to("meta")
                 takes = functools.partial(check_input, same, built.name, classes=classes)
                 raise _with_sizes(f"stages: {stage.name}: image_size", error, takes) from None
-    weights, start = (card.weights, card.preprocessing) if card else (built.weights, built.preprocessing)
+    if earlier is not None:
+        weights, start = config.model.weights, _taken(earlier, net, built.name, head, names)
+    else:
+        weights, start = (card.weights, card.preprocessing) if card else (built.weights, built.preprocessing)
     data = config.data
     preprocessing = replace(start, size_px=size_px or start.size_px, fit=data.fit, grey=data.grey)
     if data.normalise == "own" and not card:
@@ -302,24 +308,57 @@ def build_model(
     return Model(net, built.name, weights, head, blocks, preprocessing, frozen, width, is_zero_shot)
 
 
+def _taken(run: Path, net: nn.Module, backbone: str, head: str, names: tuple[str, ...]) -> Preprocessing:
+    """Put the best weights of another run into a network; how that run prepared its images.
+
+    Raises:
+        TlearnError: they do not fit.
+    """
+    card = Card.read(run / CARD)
+    if card.backbone != backbone:
+        raise TlearnError(f"model.weights: {run} has trained {card.backbone}; set model.backbone={card.backbone}")
+    state = read_weights(run / BEST)
+    if card.classes != names:
+        state = {name: x for name, x in state.items() if not name.startswith(f"{head}.")}
+    load_state(net, state, str(run), head)
+    return card.preprocessing
+
+
 def _random(options: Options) -> Options:
     return options.model_copy(update={"weights": "random"})
 
 
 def _with_sizes(key: str, error: SizeError, attempt: Callable[[int], object]) -> TlearnError:
     """An error that names the nearest sizes which a model takes, as `attempt` finds out without memory."""
-    takes: list[str] = []
-    with torch.device("meta"):
-        for sign in (-1, 1):
-            for distance in range(1, _FAR_PX):
-                size_px = error.size_px + sign * distance
-                if size_px < 16 or (size_px % 4 and size_px % 14):  # sides of patches
-                    continue
-                try:
-                    attempt(size_px)
-                except TlearnError:
-                    continue
-                takes.append(f"{size_px} px")
-                break
+    takes = [f"{size_px} px" for sign in (-1, 1) if (size_px := _next_size(error.size_px, sign, attempt))]
     nearest = f"; it takes {' and '.join(takes)}" if takes else "; choose another one, or another model"
     return TlearnError(f"{key}: {error}{nearest}")
+
+
+def nearest_size(options: Options, size_px: int) -> int:
+    """The image size, nearest to this one, that a model takes; this one where none is found near it."""
+
+    def attempt(size_px: int) -> object:
+        return assemble(_random(options), size_px, 2)
+
+    if _takes(size_px, attempt):
+        return size_px
+    found = [near for sign in (-1, 1) if (near := _next_size(size_px, sign, attempt))]
+    return min(found, key=lambda near: abs(near - size_px), default=size_px)
+
+
+def _next_size(size_px: int, sign: int, attempt: Callable[[int], object]) -> int | None:
+    """The first larger (sign 1) or smaller (-1) one that works."""
+    near = (size_px + sign * distance for distance in range(1, _FAR_PX))
+    sides = (px for px in near if px >= 16 and not (px % 4 and px % 14))  # sides of patches
+    return next((px for px in sides if _takes(px, attempt)), None)
+
+
+def _takes(size_px: int, attempt: Callable[[int], object]) -> bool:
+    """Found out without memory."""
+    try:
+        with torch.device("meta"):
+            attempt(size_px)
+    except TlearnError:
+        return False
+    return True

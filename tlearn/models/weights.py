@@ -27,6 +27,9 @@ State = dict[str, torch.Tensor]
 BESIDE = " + "
 """Between the backbones of a hybrid, and between their weights."""
 
+BEST, CARD = "best/model.safetensors", "best/model.json"
+"""In a run folder."""
+
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
@@ -59,12 +62,19 @@ def is_file(weights: str) -> bool:
     return weights.endswith(_SUFFIXES) or "/" in weights
 
 
+def is_run(weights: str) -> bool:
+    """Whether `model.weights` names the folder of a run."""
+    return (Path(weights).expanduser() / CARD).is_file()
+
+
 def check_weights(weights: str) -> None:
     """Raise where weights are certain not to be had.
 
     Raises:
         TlearnError: a file or a package that is not there.
     """
+    if is_run(weights):
+        return
     for part in weights.split(BESIDE):
         if part.startswith("package:"):
             _installed(part.removeprefix("package:"))
