@@ -33,9 +33,12 @@ from cluster import (
 )
 from conftest import ROOT, TINY
 from test_distributed import EXACT, rows, weights
+from test_quick import RECIPE as QUICKLY
+from test_quick import shuffled
 
 from tlearn.configfile import load_config
-from tlearn.jobs import read_starts
+from tlearn.data.prepare import prepare
+from tlearn.jobs import last_job, read_starts
 from tlearn.launch import run_ranks
 from tlearn.run import train
 
@@ -300,6 +303,33 @@ def test_a_job_that_is_cancelled_saves_and_stays_away(cluster: Cluster, photos: 
     assert f"job {job} is over already (CANCELLED)" in tlearn(cluster, "cancel", str(folder)).stderr
     assert "Slurm knows no such job" in tlearn(cluster, "submit", f"data.path={photos}", "--after", "99999").stderr
     assert "not there; job" in tlearn(cluster, "logs", str(folder), "--rank", "7").stderr
+
+
+def test_a_full_run_waits_for_its_quick_run_and_begins_on_a_go_only(
+    cluster: Cluster, photos: Path, photo_folder: Path, tmp_path: Path
+) -> None:
+    prepare(shuffled(photo_folder, tmp_path / "pictures"), tmp_path / "data")
+    profile = write_profile(tmp_path / "two.yaml", tasks_per_node=2, cpus_per_task=1)
+    jobs = {}
+    for name, data in (("good", photos), ("bad", tmp_path / "data")):
+        options = (f"data.path={data}", *QUICKLY, "--quick-first", "--profile", profile)
+        jobs[name] = submitted(cluster, *options, "--run", str(tmp_path / name))
+    waiting = json.loads(tlearn(cluster, "status", str(tmp_path / "bad"), "--json").stdout)
+    assert waiting["state"] == "PENDING"
+    assert waiting["quick"].startswith(f"job {last_job(tmp_path / 'bad' / 'quick')}, ")
+
+    wait_for(lambda: state(cluster, jobs["bad"]) == "CANCELLED")
+    report = json.loads(tlearn(cluster, "status", str(tmp_path / "bad"), "--json").stdout)
+    assert report["quick"].startswith("no-go: val/top1@32 ")
+    assert "no better than always answering the largest class" in report["quick"]
+    assert not report["finished"]
+    assert "ExitCode=3:0" in slurm(cluster, "scontrol", "show", "job", str(last_job(tmp_path / "bad" / "quick")))
+    assert not (tmp_path / "bad" / "config.yaml").exists()
+
+    wait_for(lambda: state(cluster, jobs["good"]) == "COMPLETED")
+    report = json.loads(tlearn(cluster, "status", str(tmp_path / "good"), "--json").stdout)
+    assert report["quick"].startswith("go: val/top1@32 ")
+    assert (report["finished"], report["processes"]) == (True, 2)
 
 
 def test_a_preemption_that_comes_as_sigterm_is_none_the_less(cluster: Cluster, photos: Path, tmp_path: Path) -> None:

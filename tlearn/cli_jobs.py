@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,6 +12,7 @@ from tlearn.arguments import JsonFlag, print_json, recipe
 from tlearn.errors import TlearnError
 
 commands = typer.Typer()
+How = Literal["quick", "quick_first"] | None
 
 
 @commands.command()
@@ -22,7 +24,10 @@ def submit(
     ] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder, on a disk that all nodes see.")] = None,
     after: Annotated[str | None, typer.Option(help="Id of a job that has to end well before.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A short run on small images.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A short run on small images, and a verdict.")] = False,
+    quick_first: Annotated[
+        bool, typer.Option("--quick-first", help="That as a job in RUN/quick, and behind it the full run, on a go.")
+    ] = False,
     override: Annotated[
         bool, typer.Option("--override", help="Go on with options that have changed, where that is safe.")
     ] = False,
@@ -32,24 +37,34 @@ def submit(
     """Train on a Slurm cluster: a job that is queued again until the run is done. Prints its id."""
     if local and (dry_run or after is not None):
         raise TlearnError(f"{'--dry-run' if dry_run else '--after'}: is for Slurm, and has no effect with --local")
-    from tlearn.configfile import load_config
+    if quick and quick_first:
+        raise TlearnError("--quick: has no effect with --quick-first, which begins with one; leave it out")
+    from tlearn.configfile import full_config, load_config
     from tlearn.files import new_run
-    from tlearn.jobs import last_submission
+    from tlearn.jobs import QUICK, last_submission
     from tlearn.profile import Profile, load_profile
     from tlearn.submit import sbatch_text
     from tlearn.submit import submit as send
 
     file, overrides = recipe(config, run)
-    parsed = load_config(file, overrides, quick=quick)
+    how: How = "quick_first" if quick_first else "quick" if quick else None
+    parsed, given = full_config(file, overrides) if how else (load_config(file, overrides), ())
     place = run or new_run(parsed.strategy)
     if profile is None and (last := last_submission(place)) is not None:
         profile = last / "profile.yaml"
     job = load_profile(profile) if profile is not None else Profile()
+    put = partial(send, parsed, job, local=local, override=override, given=given)
+    if quick_first and not local:
+        if dry_run:
+            typer.echo(sbatch_text(job, place / QUICK, after))
+            after = "JOB"
+        else:
+            after = put(place / QUICK, after=after, quick="quick")
     if dry_run:
         typer.echo(sbatch_text(job, place, after))
-    else:
-        typer.echo(send(parsed, job, place, after=after, local=local, override=override))
-        typer.echo(f"run folder: {place}   (tlearn status, logs -f, cancel)", err=True)
+        return
+    typer.echo(put(place, after=after, quick=how))
+    typer.echo(f"run folder: {place}   (tlearn status, logs -f, cancel)", err=True)
 
 
 @commands.command()

@@ -28,6 +28,8 @@ Row = dict[str, Any]
 
 FOLDER = "slurm"
 """Inside the run folder."""
+QUICK = "quick"
+"""Of a run that is decided on first, inside its folder."""
 
 OVER = (
     *("OVER", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"),
@@ -71,11 +73,23 @@ def status(run: Path) -> Row:
         with suppress(FileNotFoundError):  # it was pruned just now
             report["checkpoint"] = f"{saved.name}, {time.time() - saved.stat().st_mtime:.0f} s old"
     report["finished"] = (run / "result.json").is_file()
+    if (verdict := _verdict(run)) is not None:
+        report["quick"] = verdict
     if job is not None and report["state"] in OVER and not report["finished"]:
         if failure := _failure(run, job, report["state"]):
             report["failure"] = failure
         report["go on with"] = f"tlearn submit --run {shlex.quote(str(run))}"
     return report
+
+
+def _verdict(run: Path) -> str | None:
+    """Of the quick run on which this one waits, or of this one, in a line."""
+    for place in (run / QUICK, run):
+        with suppress(OSError, ValueError, LookupError):
+            verdict = json.loads((place / "verdict.json").read_text(encoding="utf-8"))
+            return f"{verdict['verdict']}: {'; '.join(verdict['reasons'])}"
+    job = last_job(run / QUICK)
+    return f"job {job}, {state(run / QUICK, job)}" if job is not None else None
 
 
 def _failure(run: Path, job: str, state: str) -> str | None:
@@ -122,6 +136,9 @@ def cancel(run: Path) -> str:
         TlearnError: nothing was submitted there, it is over, or what Slurm says.
     """
     job = _submitted(run)
+    earlier = last_job(run / QUICK)
+    if earlier is not None and is_active(run / QUICK, earlier):
+        cancel(run / QUICK)
     if (now := state(run, job)) in OVER:
         raise TlearnError(f"{run}: job {job} is over already ({now})")
     if _is_local(run, job):

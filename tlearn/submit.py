@@ -10,10 +10,10 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from submitit import LocalExecutor, SlurmExecutor
 from submitit.core.utils import FailedJobError
@@ -27,7 +27,7 @@ from tlearn.files import write_text
 from tlearn.jobs import FOLDER, OVER, cancel, is_active, last_job, new_submission, slurm_fields, state
 from tlearn.profile import Profile, dump_profile
 from tlearn.rendezvous import RENDEZVOUS
-from tlearn.task import examine_task, train_task
+from tlearn.task import Order, examine_task, train_task
 
 
 class _Executor(SlurmExecutor):  # type: ignore[misc]
@@ -52,6 +52,8 @@ def submit(
     after: str | None = None,
     local: bool = False,
     override: bool = False,
+    quick: Literal["quick", "quick_first"] | None = None,
+    given: Collection[str] = (),
 ) -> str:
     """Submit a run.
 
@@ -62,6 +64,7 @@ def submit(
         after: a job that has to end well before this one starts.
         local: on this machine, without Slurm.
         override: a run that goes on may do so with other options, where that is safe.
+        quick, given: see `task.Order`.
 
     Returns:
         The job's id; of a local one the id of its process.
@@ -80,7 +83,9 @@ def submit(
         executor = _local_executor(profile, run, code) if local else _slurm_executor(profile, run, code, after)
         write_text(code / "config.yaml", dump_config(config))
         with _detached(run / FOLDER / "local.log") if local else nullcontext():
-            return _sent(executor, train_task, str(run), str(code / "config.yaml"), profile.max_restarts, override)
+            config_file = str(code / "config.yaml")
+            order = Order(str(run), config_file, profile.max_restarts, override, quick, tuple(given))
+            return _sent(executor, train_task, order)
 
 
 def examined(profile: Profile, folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
@@ -34,18 +35,30 @@ _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
 """What gloo and NCCL say of a process that is no more."""
 
 
-def train_task(run: str, config: str, max_restarts: int, override: bool) -> None:
+class Order(NamedTuple):
+    """What the tasks of a job are to do."""
+
+    run: str
+    """Folder."""
+    config: str
+    """File."""
+    max_restarts: int
+    override: bool
+    quick: Literal["quick", "quick_first"] | None = None
+    """A run to decide on another one; or that, and the other one on a go."""
+    given: tuple[str, ...] = ()
+    """Options that a quick run leaves as they are."""
+
+
+def train_task(order: Order) -> None:
     """Train what a config file says; when told to stop while the job goes on, have it queued again."""
+    run = order.run
     with _as_a_rank(Path(run) / FOLDER):
         try:
             with handled_by(stop):
                 if _rank() == 0:
-                    note_start(Path(run), max_restarts)
-                from tlearn.run import train
-                from tlearn.runtime import leave
-
-                train(load_config(config), run, override=override)
-                leave()
+                    note_start(Path(run), order.max_restarts)
+                code = _trained(order)
         except StoppedBySignalError as stopped:
             if _rank() > 0 and not is_local(os.environ):
                 _wait_for_the_end(VERDICT_S)  # that rank 0 brings about
@@ -57,6 +70,28 @@ def train_task(run: str, config: str, max_restarts: int, override: bool) -> None
                 raise SystemExit(LOCAL_REQUEUE_RETURN_CODE) from None  # submitit's controller starts all of them again
             subprocess.run(["scontrol", "requeue", job_id(os.environ)], check=True)
             _wait_for_the_end(VERDICT_S)
+        else:
+            if code:  # jobs that wait for a good end are not to begin
+                raise SystemExit(code)
+
+
+def _trained(order: Order) -> int:
+    """The exit code of what was done."""
+    from tlearn.runtime import leave
+
+    config = load_config(order.config)
+    if order.quick is None:
+        from tlearn.run import train
+
+        train(config, order.run, override=order.override)
+        leave()
+        return 0
+    from tlearn import quick
+    from tlearn.verdict import EXIT_CODES
+
+    report = getattr(quick, order.quick)(config, order.given, order.run, override=order.override)
+    leave()
+    return EXIT_CODES[report["verdict"]]
 
 
 def examine_task(folder: str) -> None:
