@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,7 @@ def test_a_test_leaves_everything_as_it_was(tiny: MakeConfig, tmp_path: Path) ->
             torch.get_rng_state().tolist(),
             repr(np.random.get_state()),
             random.getstate(),
-            run.progress,
+            asdict(run.progress),
         ]
 
     before = everything()

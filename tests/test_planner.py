@@ -119,6 +119,11 @@ def test_uneven_classes_are_named_in_the_reason() -> None:
     assert "5 to 80 images a class" in made.reasons[-1].why
 
 
+def test_nothing_is_chosen_that_clashes_with_what_was_given() -> None:
+    assert "objective" not in plan({"data": {"sampling": "balanced"}}, smallest_class=5, largest_class=80).options
+    assert "find" not in plan({"objective": {"name": "domain_adversarial"}}, **gpu(16)).options["batch"]
+
+
 def test_random_weights_train_all_at_one_rate() -> None:
     stages = plan(random_weights=True, probe_top1=None).options["stages"]
     assert [stage["train"] for stage in stages] == [[[".*", 1.0]]]

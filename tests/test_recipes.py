@@ -448,10 +448,10 @@ def test_a_preset_fills_in_what_is_not_given(tiny: MakeConfig) -> None:
 @pytest.mark.parametrize(
     ("augment", "complaint"),
     [
-        ("{crop: padded, scale: [0.5, 1.0]}", "scale has no effect without crop: resized"),
-        ("{crop: padded, ratio: [1.0, 1.0]}", "ratio has no effect without crop: resized"),
-        ("{pad_px: 8}", "pad_px has no effect without crop: padded"),
-        ("{policy: trivial, magnitude: 5}", "magnitude has no effect without policy: rand"),
+        ("{crop: padded, scale: [0.5, 1.0]}", r"augment\.scale has no effect without crop: resized"),
+        ("{crop: padded, ratio: [1.0, 1.0]}", r"augment\.ratio has no effect without crop: resized"),
+        ("{pad_px: 8}", r"augment\.pad_px has no effect without crop: padded"),
+        ("{policy: trivial, magnitude: 5}", r"augment\.magnitude has no effect without policy: rand"),
     ],
 )
 def test_changes_that_would_not_happen_are_refused(tiny: MakeConfig, augment: str, complaint: str) -> None:

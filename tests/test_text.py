@@ -151,9 +151,14 @@ def test_a_tower_that_knows_the_texts_is_scored_before_training(named_by_imagene
     assert json.loads((root / "run" / "best" / "model.json").read_text())["text_width"] == 1000
 
 
+def classes_of(tiny: MakeConfig) -> list[str]:
+    index: dict[str, list[str]] = json.loads((Path(tiny().data.path) / "index.json").read_text())
+    return index["classes"]
+
+
 @pytest.mark.slow
-def test_a_new_projection_has_no_answers_to_score_and_learns(tiny: MakeConfig, photos: Path, tmp_path: Path) -> None:
-    classes = json.loads((photos / "index.json").read_text())["classes"]
+def test_a_new_projection_has_no_answers_to_score_and_learns(tiny: MakeConfig, tmp_path: Path) -> None:
+    classes = classes_of(tiny)
     np.savez(tmp_path / "texts.npz", classes=classes, features=np.random.default_rng(0).normal(size=(len(classes), 24)))
 
     result = train(tiny(f"model.head.text={tmp_path / 'texts.npz'}", "strategy=full", "epochs=3"), tmp_path / "run")
@@ -204,6 +209,51 @@ def test_prompts_go_through_the_text_tower_once(tower: tuple[nn.Module, str], mo
         text_features(options.model_copy(update={"prompts": ["{}"]}), ["fire_engine", "n014"])
 
 
+def test_openais_weights_get_the_gelu_that_they_were_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TLEARN_CACHE", str(tmp_path))
+    asked: list[bool] = []
+
+    def create(model: str, weights: str, *, force_quick_gelu: bool, **_: Any) -> nn.Module:
+        asked.append(force_quick_gelu)
+        raise OSError("no network")
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    for tag in ("openai", "laion2b_s34b_b79k"):
+        with pytest.raises(TlearnError, match="cannot be had"):
+            text_features(TextHead(text=f"open_clip:ViT-B-32/{tag}"), ["cat"])
+    assert asked == [True, False]
+
+
+def test_a_damaged_cache_is_made_anew(tower: tuple[nn.Module, str], tmp_path: Path) -> None:
+    options = TextHead(text=tower[1])
+    first = text_features(options, ["cat"])
+    (file,) = (tmp_path / "cache" / "text").iterdir()
+    file.write_bytes(b"torn")
+
+    again = text_features(options, ["cat"])
+
+    assert first is not None
+    assert again is not None
+    torch.testing.assert_close(again.features, first.features)
+
+
+@pytest.mark.slow
+def test_another_runs_projection_meets_the_texts_that_are_asked_for_now(tiny: MakeConfig, tmp_path: Path) -> None:
+    texts = Prototypes(torch.eye(10), 20.0)
+    np.savez(tmp_path / "a.npz", classes=classes_of(tiny), features=texts.features.numpy())
+    train(tiny(f"model.head.text={tmp_path / 'a.npz'}", "strategy=feature_extraction", "epochs=1"), tmp_path / "run")
+
+    other = Prototypes(torch.eye(10).flip(0), 20.0)
+    config = tiny(f"model.weights={tmp_path / 'run'}", "model.head.text=x")
+    model = build_model(config, 10, names=tuple("abcdefghij"), texts=other)
+
+    state, trained = model.net.state_dict(), load(tmp_path / "run").net.state_dict()
+    torch.testing.assert_close(state[f"{model.head}.prototypes"], other.features)
+    torch.testing.assert_close(state[f"{model.head}.projection.weight"], trained[f"{model.head}.projection.weight"])
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -225,3 +275,5 @@ def test_options_that_do_not_fit_a_text_are_refused() -> None:
         load_config(None, ["data.path=x", "model.head={text: a.npz, prompts: [a photo]}"])
     with pytest.raises(TlearnError, match=r"binary has one logit, model\.head\.text one per class"):
         load_config(None, ["data.path=x", "model.head.text=a.npz", "objective.name=binary"])
+    with pytest.raises(TlearnError, match="have no effect on a file"):
+        load_config(None, ["data.path=x", "model.head={text: a.npz, words: {n01: cat}}"])

@@ -126,12 +126,26 @@ def _loaded(path: str | Path | None, overrides: Sequence[str], *, quick: bool) -
     return config, explicit
 
 
+_NEEDS = {
+    "data.augment.scale": ("crop", "resized"),
+    "data.augment.ratio": ("crop", "resized"),
+    "data.augment.pad_px": ("crop", "padded"),
+    "data.augment.magnitude": ("policy", "rand"),
+}
+"""Options that do something beside another one only."""
+
+
 def _check_effect(config: Config, given: Iterable[str], *, quick: bool) -> None:
     """What somebody typed and would not be used is a mistake."""
     for key in given:
         section = key.partition(".")[0]
         if section == "quick" and not quick:
             raise TlearnError(f"the command line: {key} has no effect without --quick")
+        option, value = _NEEDS.get(key, ("", None))
+        if option and getattr(config.data.augment, option) != value:
+            raise TlearnError(
+                f"the command line: {key} has no effect without {option}: {value}; set data.augment.{option}={value}"
+            )
         if config.stages is None:
             continue
         if key == "epochs":
@@ -187,7 +201,7 @@ def given_options(config: Config) -> dict[str, Any]:
 
 def completed(config: Config, options: dict[str, Any]) -> Config:
     """The config with options that nobody has set."""
-    return Config.model_validate(_over(options, given_options(config)))
+    return _validate(_over(options, given_options(config)), "the plan", ())
 
 
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -55,15 +55,6 @@ class Augment(Section):
     """So many changed versions of every image, in turn, epoch by epoch; 1: the image as evaluation sees it, unchanged.
     Default: a new one in every epoch. With few views frozen layers need not run again (`features.cache`)."""
 
-    @model_validator(mode="after")
-    def _all_have_an_effect(self) -> Augment:
-        of = {"scale": "crop: resized", "ratio": "crop: resized", "pad_px": "crop: padded", "magnitude": "policy: rand"}
-        for name, other in of.items():
-            option, _, value = other.partition(": ")
-            if getattr(self, name) != type(self).model_fields[name].default and getattr(self, option) != value:
-                raise ValueError(f"{name} has no effect without {other}; leave it out, or set {option}={value}")
-        return self
-
     @field_validator("scale", "ratio")
     @classmethod
     def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:

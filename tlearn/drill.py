@@ -27,7 +27,7 @@ from tlearn.console import progress_bar, show
 from tlearn.data.prepare import open_or_prepare
 from tlearn.errors import RankFailedError, StoppedBySignalError, TlearnError
 from tlearn.launch import run_ranks
-from tlearn.models.build import build_model
+from tlearn.models.build import assemble
 from tlearn.run import train
 from tlearn.runtime import use_cpu
 from tlearn.stages import expand
@@ -153,7 +153,7 @@ def short_copy(path: Path | None, overrides: Sequence[str]) -> Config:
     for size_px in IMAGE_SIZES_PX:
         config = expand(load_config(path, [*overrides, *changes, f"quick.image_size={size_px}"], quick=True))
         try:
-            build_model(config.model_copy(update={"model": config.model.model_copy(update={"weights": "random"})}), 2)
+            assemble(config.model.model_copy(update={"weights": "random"}), config.data.image_size, 2)
         except TlearnError:
             continue
         return config

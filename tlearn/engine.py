@@ -261,8 +261,8 @@ def _finish_epoch(
     }
     run.tracker.log({"kind": "epoch", **place, "samples": progress.samples, **measures, **run.saver.cost.account()})
     show(
-        f"epoch {epoch + 1:3d}  {stage.name:12s}  train loss {_number(loss)}  top-1 {top1 or 0:6.1%}"
-        f"  |  val@{size_px} loss {_number(val['loss'])}  top-1 {val['top1']:6.1%}"
+        f"epoch {epoch + 1:3d}  {stage.name:12s}  train loss {number(loss)}  top-1 {top1 or 0:6.1%}"
+        f"  |  val@{size_px} loss {number(val['loss'])}  top-1 {val['top1']:6.1%}"
     )
     score = {**place, "top1": val["top1"], "loss": val["loss"], "selected_on": "val"}
     # sorting keeps the order of equals: the earlier epoch wins
@@ -282,7 +282,8 @@ def _rank(scores: Mapping[str, Any]) -> tuple[float, float]:
     return scores["top1"], -math.inf if scores["loss"] is None else -scores["loss"]
 
 
-def _number(loss: float | None) -> str:
+def number(loss: float | None) -> str:
+    """For a line."""
     return "not finite" if loss is None else f"{loss:.4f}"
 
 

@@ -8,7 +8,6 @@ FOLDER/lr-find.png    the curves
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -129,13 +128,15 @@ def groups(model: Model, stage: Stage, multipliers: Multipliers) -> list[Group]:
     """What a stage trains: the head (with layers that an objective adds), and the backbone, a group per multiplier."""
     own = [name for name in multipliers if not name.startswith(f"{ATTACHED}.")]
     rules = resolve(stage.model_copy(update={"layer_decay": None}), own, model.head, model.blocks)
-    head, found = _head(model), dict[str, Group]()
+    head, found = _head(model), dict[str, list[str]]()
     for name, multiplier in multipliers.items():
         if multiplier > 0:
-            rule = rules.get(name, 1.0)
-            group = "head" if name in head else f"backbone x{rule:g}"
-            found.setdefault(group, Group(group, rule, {})).relative[name] = multiplier / rule
-    return sorted(found.values(), key=lambda group: group.name != "head")
+            found.setdefault("head" if name in head else f"backbone x{rules[name]:g}", []).append(name)
+    parts = []
+    for group, members in found.items():
+        most = max(rules.get(name, 1.0) for name in members)  # rules may tell parts of a head apart
+        parts.append(Group(group, most, {name: multipliers[name] / most for name in members}))
+    return sorted(parts, key=lambda group: group.name != "head")
 
 
 def _head(model: Model) -> dict[str, float]:
@@ -191,8 +192,6 @@ def find_rates(
     Raises:
         TlearnError: bad input or configuration; nothing was written.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise TlearnError("lr-find runs in one process: start it without a launcher")
     span = span or Span()
     if not span.start < span.end:
         raise TlearnError(f"--start {span.start:g}: is not below --end {span.end:g}")
@@ -203,6 +202,8 @@ def find_rates(
     if folder.exists() and (not folder.is_dir() or any(path.name not in _FILES for path in folder.iterdir())):
         raise TlearnError(f"{folder}: holds something else; choose another --out")
     runtime = Runtime()
+    if runtime.world_size > 1:
+        raise TlearnError("lr-find runs in one process: start it without a launcher")
     parts = assembled(config, runtime, config.precision)
     run = make_run(parts, runtime, RunFolder(folder), None, Progress(), active=False)
     todo = [t for t in trials(run.model, parts.stages, parts.plan) if stage in (None, names[t.stage])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tlearn.dataconfig import Section
 
@@ -35,6 +35,14 @@ class TextHead(Section):
         if bad := [prompt for prompt in prompts if prompt.count("{}") != 1]:
             raise ValueError(f"{bad[0]!r} has no place for the class; write {{}} once, as in 'a photo of a {{}}.'")
         return prompts
+
+    @model_validator(mode="after")
+    def _all_have_an_effect(self) -> TextHead:
+        if not self.text.startswith("open_clip:") and (self.words or self.prompts != ["a photo of a {}."]):
+            raise ValueError(
+                "prompts and words have no effect on a file, whose texts are encoded already; leave them out"
+            )
+        return self
 
 
 class Model(Section):

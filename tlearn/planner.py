@@ -142,6 +142,7 @@ STAGES = (
     StageRow(1_000, inf, (HEAD,), 12, "few images, and the features fit: only the head, at a small rate"),
     StageRow(5_000, FAR, (FAST_HEAD, ALL), 15, "unlike the pretraining: all layers"),
     StageRow(5_000, inf, (FAST_HEAD, LAST), 12, "a few thousand images, and the features fit: head and last block"),
+    StageRow(inf, FAR, (FAST_HEAD, ALL), 10, "unlike the pretraining: all layers alike"),
     StageRow(inf, inf, (FAST_HEAD, FALLING), 10, "enough images to tune all layers, shallow ones the least"),
 )
 
@@ -206,7 +207,7 @@ def choose(facts: Facts, given: Options) -> Plan:
     rest = (_image_size, _colours, _batch, _loader, _balance)
     for chosen, why in [*parts, *(rule(facts) for rule in rest)]:
         for reason in why:
-            if _is_given(reason.option, given):
+            if _is_given(reason.option, given) or _clashes(reason.option, given):
                 continue
             section, _, name = reason.option.partition(".")
             if name:
@@ -220,6 +221,13 @@ def choose(facts: Facts, given: Options) -> Plan:
 def _is_given(option: str, given: Options) -> bool:
     section, _, name = option.partition(".")
     return name in given.get(section, {}) if name else section in given
+
+
+def _clashes(option: str, given: Options) -> bool:
+    """With what was given, though it is another option."""
+    if option == "objective.class_weight":
+        return bool(given.get("data", {}).get("sampling") == "balanced")
+    return option == "batch.find" and bool(given.get("objective", {}).get("name") == "domain_adversarial")
 
 
 def size_of(facts: Facts) -> tuple[int, str]:

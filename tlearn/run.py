@@ -16,7 +16,7 @@ from tlearn.config import Config, Stage
 from tlearn.console import note, show
 from tlearn.data.loader import Share
 from tlearn.data.source import Source, open_source
-from tlearn.engine import Run, run_stage
+from tlearn.engine import Run, number, run_stage
 from tlearn.errors import StoppedBySignalError, TlearnError
 from tlearn.evaluate import evaluate
 from tlearn.features import Features, check_features
@@ -92,7 +92,7 @@ def train(
         with run.tracker, run.saver, closing(run.val_loader), handled_by(runtime.stop.set), _stopped_in(run):
             if progress.stage < len(stages):
                 run.tracker.log(runtime.start_row() | {"step": progress.step, "samples": progress.samples})
-            if model.is_zero_shot:
+            if model.is_zero_shot and restored is None:
                 progress.zero_shot = _zero_shot(run)
             features = Features(config, runtime, model, source, progress, stages, plan)
             optimizer_state = restored.optimizer if restored else {}
@@ -290,7 +290,7 @@ def _zero_shot(run: Run) -> dict[str, Any]:
     val, size_px = evaluate(run.runtime, run.scored, run.val_loader, run.classes), run.model.preprocessing.size_px
     measures = {f"val/top1@{size_px}": val["top1"], f"val/loss@{size_px}": val["loss"]}
     run.tracker.log({"kind": "zero_shot", "step": 0, "samples": 0, **measures})
-    show(f"zero-shot, before any training  |  val@{size_px} loss {val['loss']:.4f}  top-1 {val['top1']:6.1%}")
+    show(f"zero-shot, before any training  |  val@{size_px} loss {number(val['loss'])}  top-1 {val['top1']:6.1%}")
     return {name: val[name] for name in ("top1", "top1_interval95", "loss")}
 
 

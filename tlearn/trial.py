@@ -29,13 +29,14 @@ from tlearn.config import Config, Constant
 from tlearn.configfile import load_config
 from tlearn.data.loader import EVAL_IMAGES, Share
 from tlearn.data.shards import Split
-from tlearn.data.source import Indexed, open_source
+from tlearn.data.source import Indexed, Source, open_source
 from tlearn.data.workers import available_cores
 from tlearn.errors import TlearnError
 from tlearn.faults import Against, Colours, Copy, Leaks
 from tlearn.features import why_not
 from tlearn.forecast import Forecast, Measured, Room, StageCost, forecast
-from tlearn.models.build import Card, build_model
+from tlearn.models.build import Card, Model, build_model
+from tlearn.models.text import text_features
 from tlearn.models.weights import BESIDE, CARD
 from tlearn.predict import Classifier, load
 from tlearn.probe import Labels, Matrix, fitted, frozen_features
@@ -269,9 +270,7 @@ _FLAT = Constant()
 def _stored_views(config: Config) -> dict[str, int | None]:
     """Views of the stages whose frozen layers' outputs the full run stores."""
     source = open_source(config)
-    model = build_model(
-        config.model_copy(update={"model": config.model.model_copy(update={"weights": "random"})}), len(source.classes)
-    )
+    model = _untrained(config, source)
     names, stored = [name for name, _ in model.net.named_parameters()], dict[str, int | None]()
     for stage in filled(config):
         model.set_trainable(resolve(stage, names, model.head, model.blocks))
@@ -279,12 +278,19 @@ def _stored_views(config: Config) -> dict[str, int | None]:
     return stored
 
 
+def _untrained(config: Config, source: Source) -> Model:
+    """The run's network but for its weights."""
+    model = config.model.model_copy(update={"weights": "random"})
+    texts = text_features(config.model.head, source.classes)
+    return build_model(
+        config.model_copy(update={"model": model}), len(source.classes), None, source.colours, texts=texts
+    )
+
+
 def _loaded_per_s(config: Config, part: int) -> float:
     """Images that the train loader gives while nothing else is done."""
     runtime, source = Runtime(), open_source(config)
-    model = build_model(
-        config.model_copy(update={"model": config.model.model_copy(update={"weights": "random"})}), len(source.classes)
-    )
+    model = _untrained(config, source)
     stage = filled(config)[-1]
     p = model.sized(stage.image_size or model.preprocessing.size_px)
     loader = source.train_loader(p, Share(part), runtime.device, torch.float32, views=stage.views)

@@ -136,7 +136,7 @@ class Card:
     preprocessing: Preprocessing
     stem: Literal["original", "small_image"]
     attention: Attention | None
-    text_width: int | None
+    text_width: int | None = None
     """Of a head that compares with texts."""
 
     @property
@@ -317,8 +317,10 @@ def _taken(run: Path, net: nn.Module, backbone: str, head: str, names: tuple[str
     card = Card.read(run / CARD)
     if card.backbone != backbone:
         raise TlearnError(f"model.weights: {run} has trained {card.backbone}; set model.backbone={card.backbone}")
-    state = read_weights(run / BEST)
-    if card.classes != names:
+    state, texts = read_weights(run / BEST), f"{head}.prototypes"
+    if texts in net.state_dict():  # what they are compared with is what is asked for now
+        state[texts] = net.state_dict()[texts]
+    elif card.classes != names:
         state = {name: x for name, x in state.items() if not name.startswith(f"{head}.")}
     load_state(net, state, str(run), head)
     return card.preprocessing

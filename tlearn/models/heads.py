@@ -53,7 +53,9 @@ class Texts(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(B, features) -> (B, classes), cosines times the scale."""
         projected = self.projection(features)
-        with torch.autocast(projected.device.type, enabled=False):  # a scale of 100 makes rounded cosines unequal
+        device = projected.device.type
+        # a scale of 100 makes rounded cosines unequal
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):
             cosines = F.normalize(projected.to(self.prototypes.dtype), dim=-1) @ self.prototypes.T
             logits: torch.Tensor = self.logit_scale.exp() * cosines
         return logits

@@ -8,7 +8,9 @@ import json
 import os
 import pickle
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,8 @@ START_SCALE = 1 / 0.07
 """Of cosines, where nothing else is known (Radford et al. 2021, section 2.5)."""
 
 _TOWER = "open_clip:"
+_VERSION = 1
+_DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
 _HOW = "write it by numpy.savez(PATH, classes=NAMES, features=ROWS)"
 
 
@@ -43,12 +47,14 @@ def text_features(options: TextHead | None, classes: Sequence[str]) -> Prototype
     if not options.text.startswith(_TOWER):
         return _read(Path(options.text).expanduser(), classes)
     model, _, weights = options.text.removeprefix(_TOWER).partition("/")
-    texts = [[prompt.format(options.words.get(c, c.replace("_", " "))) for prompt in options.prompts] for c in classes]
+    texts = [
+        [prompt.replace("{}", options.words.get(c, c.replace("_", " "))) for prompt in options.prompts] for c in classes
+    ]
     source = sha256(Path(weights).expanduser()) if _exists(weights) else weights
-    key = hashlib.sha256(json.dumps([model, source, classes, texts]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([_VERSION, model, source, classes, texts]).encode()).hexdigest()[:32]
     cache = Path(os.environ.get("TLEARN_CACHE") or "~/.cache/tlearn").expanduser() / "text"
     path = cache / f"{key}.npz"
-    if path.is_file():
+    with suppress(TlearnError):  # it is not there, or damaged
         return _read(path, classes)
     features, scale = _encode(model, weights, texts)
     cache.mkdir(parents=True, exist_ok=True)
@@ -71,7 +77,16 @@ def _read(path: Path, classes: Sequence[str]) -> Prototypes:
             scale = float(file["scale"]) if "scale" in file else START_SCALE
     except FileNotFoundError:
         raise TlearnError(f"{key}: no such file; {_HOW}, or name a text tower: {_TOWER}MODEL/WEIGHTS") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise TlearnError(f"{key}: cannot be read ({error}); {_HOW}") from None
     if rows.ndim != 2 or len(rows) != len(names) or len(set(names)) < len(names):
         shape = tuple(rows.shape)
@@ -107,13 +122,15 @@ def _encode(model: str, weights: str, texts: Sequence[Sequence[str]]) -> tuple[t
     show(f"encoding the names of {len(texts)} classes by open_clip's {model}, weights {weights}")
     try:
         with tensors_only():
-            tower = open_clip.create_model(model, pretrained=weights, require_pretrained=True).eval()
-        tokens: Callable[[Sequence[str]], torch.Tensor] = open_clip.get_tokenizer(model)
-    except (OSError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+            tokens: Callable[[Sequence[str]], torch.Tensor] = open_clip.get_tokenizer(model)
+            # of a tag open_clip knows, but does not heed, that its weights were trained with the other GELU
+            other = bool((open_clip.get_pretrained_cfg(model, weights) or {}).get("quick_gelu"))
+            tower = open_clip.create_model(model, weights, require_pretrained=True, force_quick_gelu=other).eval()
+    except (OSError, RuntimeError, ValueError, ImportError, pickle.UnpicklingError, SafetensorError) as error:
         cause = str(error).strip().partition("\n")[0][:200]
         raise TlearnError(
-            f"model.head.text: the weights {weights} of open_clip's {model} cannot be had, or do not fit ({cause}). "
-            "Fetch them once where there is a network, or give a file"
+            f"model.head.text: weights {weights} of open_clip's {model}, or its tokenizer, cannot be had, or do not "
+            f"fit ({cause}). Fetch them once where there is a network, or give a file"
         ) from None
     rows = []
     with torch.no_grad(), progress_bar("encoding class names", len(texts)) as advance:
