@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from tlearn import apart
 from tlearn.config import Config
 from tlearn.configfile import load_config
 from tlearn.data.prepare import prepare
@@ -82,3 +83,21 @@ def tiny(photos: Path) -> Callable[..., Config]:
         return load_config(None, [f"data.path={photos}", *TINY, *overrides], quick=quick)
 
     return make
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Takes the place of `tlearn train`: appends its run to `order`, and does what the file `behave` says."""
+    program = tmp_path / "stand_in"
+    program.write_text(
+        f"#!{sys.executable} -S\n"
+        "import sys, time\n"
+        f"sys.path[:0] = [{str(ROOT / 'tests')!r}]\n"
+        f"folder, here = sys.argv[-1], {str(tmp_path)!r}\n"
+        "print('this is', folder, flush=True)\n"
+        "open(here + '/order', 'a').write('/'.join(folder.split('/')[-2:]) + '\\n')\n"
+        "exec(open(here + '/behave').read())\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(apart.sys, "executable", str(program))  # type: ignore[attr-defined]
+    return tmp_path

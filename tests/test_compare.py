@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, TINY
 from test_cli import run as run_cli
 
-from tlearn import compare
+from tlearn import apart
 from tlearn.comparison import Trained, cells, draw, markdown, notes, paired_difference, read_run, spread, summarise
 from tlearn.configfile import load_config
 from tlearn.errors import TlearnError
@@ -136,7 +136,8 @@ def write_run(folder: Path, top1: float = 0.5) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "environment.json").write_text(json.dumps({"device": "cpu"}))
     result = {
-        "val": {"top1": top1, "n": 4},
+        "seconds": 3.0,
+        "val": {"top1": top1, "loss": 1.0, "n": 4},
         "image_size_px": 32,
         "data_fingerprint": "abc",
         "train_images_per_s": 7.5,
@@ -158,24 +159,6 @@ def recipes(folder: Path, data: Path, **options: str) -> list[Path]:
         files.append(folder / f"{name}.yaml")
         files[-1].write_text(f"data: {{path: {data}}}\n{line}\n")
     return files
-
-
-@pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Takes the place of `tlearn train`: appends its run to `order`, and does what the file `behave` says."""
-    program = tmp_path / "stand_in"
-    program.write_text(
-        f"#!{sys.executable} -S\n"
-        "import sys, time\n"
-        f"sys.path[:0] = [{str(ROOT / 'tests')!r}]\n"
-        f"folder, here = sys.argv[-1], {str(tmp_path)!r}\n"
-        "print('this is', folder, flush=True)\n"
-        "open(here + '/order', 'a').write('/'.join(folder.split('/')[-2:]) + '\\n')\n"
-        "exec(open(here + '/behave').read())\n"
-    )
-    program.chmod(0o755)
-    monkeypatch.setattr(compare.sys, "executable", str(program))  # type: ignore[attr-defined]
-    return tmp_path
 
 
 FINISH = (
@@ -221,7 +204,9 @@ def test_a_signal_is_passed_on_and_waited_for(
     )
     files = recipes(stand_in, photos, a="", b="")
     assert run_cli(monkeypatch, "compare", *files, "--out", stand_in / "out") == 75
-    assert "stopped by SIGINT; start the same command again" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert "stopped by SIGINT; start the same command again" in err
+    assert "FAILED" not in err
     assert "saved" in (stand_in / "out/a/seed-0.log").read_text()
     (attempt,) = json.loads((stand_in / "out/a/seed-0.json").read_text())
     assert attempt["exit_code"] == 75
@@ -230,7 +215,7 @@ def test_a_signal_is_passed_on_and_waited_for(
 
 def test_an_attempt_whose_end_nobody_saw_ended_with_its_last_sign_of_life(tmp_path: Path, photos: Path) -> None:
     (file,) = recipes(tmp_path, photos, a="")
-    job = compare.Job("a", 0, load_config(file), tmp_path / "seed-0")
+    job = apart.Job("a", 0, load_config(file), tmp_path / "seed-0")
     job.beside(".json").write_text('[{"started_at": 1000.0, "wall_s": null, "peak_mib": null}]')
     job.beside(".log").touch()
     os.utime(job.beside(".log"), (1000, 1042.5))
@@ -247,7 +232,7 @@ def test_an_attempt_whose_end_nobody_saw_ended_with_its_last_sign_of_life(tmp_pa
         (["a.yaml", "b.yaml", "epoch=3"], "did you mean epochs"),
         (["a.yaml", "missing.yaml"], "missing.yaml"),
         (["a.yaml", "b.yaml", "epochs=5", "--out", "other"], r"other/a/seed-0: holds a run with other options"),
-        (["a.yaml", "b.yaml", "--out", "foreign"], "foreign/a/seed-0: is not a run of a comparison"),
+        (["a.yaml", "b.yaml", "--out", "foreign"], "foreign/a/seed-0: is a run that was not begun by this command"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

@@ -43,6 +43,7 @@ WITHIN_A_ROW = {
     ("models", "data"),
     ("features", "stagecache"),
     ("objectives", "trained"),
+    ("search", "submit"),
 }
 """What a module may import from its own row."""
 PACKAGES = {
@@ -164,6 +165,7 @@ LIGHT = (
     "tlearn.configfile",
     "tlearn.cli",
     "tlearn.compare",
+    "tlearn.search",
     "tlearn.stages",
     "tlearn.planner",
     "tlearn.advice",

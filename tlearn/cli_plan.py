@@ -1,4 +1,4 @@
-"""The commands around a training: `plan` and `lr-find` before it, `advise` after it. cli.py takes them in."""
+"""The commands around a training: `plan`, `search` and `lr-find` before it, `advise` after it. cli.py takes them in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from tlearn.arguments import JsonFlag, print_json, split_arguments
+from tlearn.arguments import JsonFlag, files_and_options, print_json, split_arguments
+from tlearn.errors import TlearnError
 
 commands = typer.Typer()
 
@@ -69,6 +70,45 @@ def lr_find(
         return
     print_result(rates_table(report))
     typer.echo(f"to train so: {' '.join(report['options'])}" if report["options"] else "no rate is suggested")
+
+
+@commands.command()
+def search(
+    data: Annotated[str, typer.Argument(help="Prepared data, or a folder of class folders.")],
+    recipes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="[CONFIG.yaml ...] [a.b=c ...] Without configs: the plan and its neighbours.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs, the table and winner.yaml.")] = Path("runs/search"),
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once; they share the cores.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of a candidate at every rung, with seeds 0, 1, ...")] = 1,
+    profile: Annotated[Path | None, typer.Option(help="Every run is a Slurm job of this shape: slurm/*.yaml.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Try recipes on few and small images, the best of them on more; write a config for the full run of the winner.
+
+    Exit code 1: a run failed."""
+    from tlearn.console import print_result
+    from tlearn.halving import search_table
+    from tlearn.profile import load_profile
+    from tlearn.search import search as run
+
+    if profile is not None and jobs > 1:
+        raise TlearnError("--jobs: has no effect with --profile; Slurm says how many run at once")
+    files, overrides = files_and_options(recipes or [])
+    job = load_profile(profile) if profile is not None else None
+    report = run(data, files, overrides, out, seeds=seeds, at_once=jobs, profile=job)
+    if as_json:
+        print_json(report)
+    else:
+        print_result(search_table(report))
+        print_result("\n".join(report["notes"]))
+        if "train" in report:
+            typer.echo(f"\n{report['train']}")
+    if report["failed"]:
+        raise typer.Exit(1)
 
 
 @commands.command()

@@ -33,6 +33,7 @@ Resume = Literal["auto", "never", "must"]
 FREE_TO_CHANGE = (
     "data.path",
     "data.workers",
+    "data.score_test",
     "save_every.",
     "keep.",
     "tracking.",

@@ -6,6 +6,7 @@ here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Literal, NamedTuple
@@ -255,14 +256,9 @@ def share_out(epochs: int, parts: int) -> list[int]:
     return [epochs // parts + (i < epochs % parts) for i in range(parts)]
 
 
-def _stages(facts: Facts, given: Options) -> tuple[Options, list[Reason]]:
-    if facts.random_weights:
-        row = StageRow(inf, inf, (RANDOM,), 24, "random weights: there is nothing to preserve")
-    else:
-        gain = 1.0 if facts.gain is None else facts.gain
-        row = next(row for row in STAGES if facts.train < row.below and gain < row.gain)
-    epochs = given.get("epochs", row.epochs)
-    parts = row.parts[-epochs:]
+def stages_of(parts: Sequence[Part], epochs: int, given: Options) -> list[Options]:
+    """Parts with lengths: as options, but for those that the user has set for all stages."""
+    parts = parts[-epochs:]
     stages = []
     for part, length in zip(parts, share_out(epochs, len(parts)), strict=True):
         stage: Options = {"name": part.name, "epochs": length, "train": part.train}
@@ -273,6 +269,16 @@ def _stages(facts: Facts, given: Options) -> tuple[Options, list[Reason]]:
         if part.layer_decay is not None and "layer_decay" not in given:
             stage["layer_decay"] = part.layer_decay
         stages.append(stage)
+    return stages
+
+
+def _stages(facts: Facts, given: Options) -> tuple[Options, list[Reason]]:
+    if facts.random_weights:
+        row = StageRow(inf, inf, (RANDOM,), 24, "random weights: there is nothing to preserve")
+    else:
+        gain = 1.0 if facts.gain is None else facts.gain
+        row = next(row for row in STAGES if facts.train < row.below and gain < row.gain)
+    stages = stages_of(row.parts, given.get("epochs", row.epochs), given)
     value = ", ".join(f"{stage['name']} {stage['epochs']}" for stage in stages)
     return {"stages": stages}, [Reason("stages", f"{value} epochs", f"{row.why} ({facts.train:,} images)")]
 

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -19,15 +19,19 @@ from submitit import LocalExecutor, SlurmExecutor
 from submitit.core.utils import FailedJobError
 
 import tlearn
+from tlearn.apart import Job
 from tlearn.config import Config
 from tlearn.configfile import dump_config
 from tlearn.console import show
 from tlearn.errors import TlearnError
 from tlearn.files import write_text
-from tlearn.jobs import FOLDER, OVER, cancel, is_active, last_job, new_submission, slurm_fields, state
+from tlearn.jobs import FOLDER, OVER, cancel, is_active, last_job, new_submission, slurm_fields, state, status
 from tlearn.profile import Profile, dump_profile
 from tlearn.rendezvous import RENDEZVOUS
 from tlearn.task import Order, examine_task, train_task
+
+_LOOK_AGAIN_S = 2.0
+"""At jobs that are waited for."""
 
 
 class _Executor(SlurmExecutor):  # type: ignore[misc]
@@ -86,6 +90,35 @@ def submit(
             config_file = str(code / "config.yaml")
             order = Order(str(run), config_file, profile.max_restarts, override, quick, tuple(given))
             return _sent(executor, train_task, order)
+
+
+def train_in_jobs(who: str, runs: Sequence[Job], profile: Profile) -> int:
+    """Submit runs, a job each, and wait until all are over; those that an earlier call has submitted are not again.
+
+    Args:
+        who: speaks.
+        runs: none of them finished; what fails stops no other.
+        profile: of each job.
+
+    Returns:
+        How many failed.
+
+    Raises:
+        TlearnError: as `submit`; what was submitted before goes on.
+    """
+    for run in runs:
+        earlier = last_job(run.folder)
+        if earlier is None or not is_active(run.folder, earlier):
+            show(f"{who:<9} {run.name}, seed {run.seed}: job {submit(run.config, profile, run.folder)}, {run.folder}")
+    waiting, failed = list(runs), 0
+    while waiting:
+        time.sleep(_LOOK_AGAIN_S)
+        for run in [run for run in waiting if state(run.folder, last_job(run.folder) or "") in OVER]:
+            waiting.remove(run)
+            failed += not run.is_finished
+            outcome = run.outcome() if run.is_finished else f"FAILED ({status(run.folder).get('failure', 'no result')})"
+            show(f"{who:<9} {run.name}, seed {run.seed}: {outcome}; {len(waiting)} left")
+    return failed
 
 
 def examined(profile: Profile, folder: Path) -> dict[str, Any]:
