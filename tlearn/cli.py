@@ -116,6 +116,9 @@ def train(
     from tlearn.configfile import full_config, load_config
     from tlearn.launch import in_processes
 
+    if run is not None and not config:  # what a quick run is about is not its own config
+        full = run / "full.yaml" if quick else run / "quick" / "full.yaml"
+        config = [str(full)] if (quick or quick_first) and full.is_file() else config
     file, overrides = recipe(config, run)
     if run is None and resume is ResumeMode.must:
         raise TlearnError("--resume must: goes on with a run; name its folder: --run RUN")

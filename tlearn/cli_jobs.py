@@ -41,7 +41,8 @@ def submit(
         raise TlearnError("--quick: has no effect with --quick-first, which begins with one; leave it out")
     from tlearn.configfile import full_config, load_config
     from tlearn.files import new_run
-    from tlearn.jobs import QUICK, last_submission
+    from tlearn.jobs import QUICK, last_order, last_submission
+    from tlearn.jobs import cancel as cancel_job
     from tlearn.profile import Profile, load_profile
     from tlearn.submit import sbatch_text
     from tlearn.submit import submit as send
@@ -50,11 +51,13 @@ def submit(
     how: How = "quick_first" if quick_first else "quick" if quick else None
     parsed, given = full_config(file, overrides) if how else (load_config(file, overrides), ())
     place = run or new_run(parsed.strategy)
+    if how is None and not config and (order := last_order(place)) is not None:  # it goes on as it began
+        how, given = order["quick"], order["given"]
     if profile is None and (last := last_submission(place)) is not None:
         profile = last / "profile.yaml"
     job = load_profile(profile) if profile is not None else Profile()
     put = partial(send, parsed, job, local=local, override=override, given=given)
-    if quick_first and not local:
+    if how == "quick_first" and not local:
         if dry_run:
             typer.echo(sbatch_text(job, place / QUICK, after))
             after = "JOB"
@@ -63,7 +66,12 @@ def submit(
     if dry_run:
         typer.echo(sbatch_text(job, place, after))
         return
-    typer.echo(put(place, after=after, quick=how))
+    try:
+        typer.echo(put(place, after=after, quick=how))
+    except TlearnError:
+        if how == "quick_first" and not local:
+            cancel_job(place / QUICK)
+        raise
     typer.echo(f"run folder: {place}   (tlearn status, logs -f, cancel)", err=True)
 
 

@@ -18,6 +18,8 @@ from tlearn.advice import NOT_FINITE, RISE, Advice
 from tlearn.forecast import Forecast
 from tlearn.metrics import wilson_interval
 
+FEW = 5
+"""Certain copies: from here on they say something of the images that were not looked at."""
 FALLS = 0.98
 """Of the loss at the beginning; what is not below it has not fallen."""
 COPIES = 0.05
@@ -80,6 +82,8 @@ class Leaks:
     """Val images with a near copy among the train images that were looked at."""
     listed: tuple[Copy, ...] = ()
     """The nearest of them."""
+    certain: int = 0
+    """Copies that no different pictures are as near as."""
     looked_at: tuple[int, int] = (0, 0)
     """Train and val images among which near copies were looked for."""
     train: int = 0
@@ -89,9 +93,13 @@ class Leaks:
 
     @property
     def share(self) -> float:
-        """Of val images with a near copy among all train images, as far as some can say."""
+        """Of val images with a near copy in train: what was seen, or what certain ones among some train images say of
+        all of them (the lower end of the interval)."""
         train, val = self.looked_at
-        return min(1.0, self.copies / val * max(1.0, self.train / train)) if train and val else 0.0
+        if not (train and val):
+            return 0.0
+        foreseen = wilson_interval(self.certain, val)[0] * self.train / train if self.certain >= FEW else 0.0
+        return min(1.0, max(self.copies / val, foreseen))
 
 
 Colours = tuple[tuple[float, ...], tuple[float, ...]]
@@ -116,8 +124,8 @@ class Facts:
     """Classes without a val image."""
     losses: tuple[float | None, ...] = ()
     """Train loss per epoch; None: not finite."""
-    starts_at_chance: bool = True
-    """The objective's first loss is ln(classes)."""
+    loss_is_of_labels: bool = True
+    """Alone: a guess has ln(classes)."""
     too_fast: tuple[Advice, ...] = ()
     """As advice.py sees it."""
     steps: int = 0
@@ -140,6 +148,8 @@ class Facts:
     """What the full run says instead of beginning."""
     no_room: str | None = None
     """What a step at full size said that did not fit the memory."""
+    finds_batch: bool = False
+    """By `batch.find`."""
     batch: int = 32
     """Images that a process of the full run has at once."""
 
@@ -183,11 +193,12 @@ def _copies(facts: Facts) -> Fault:
     leaks = facts.leaks
     train, val = leaks.looked_at
     first = leaks.listed[0]
-    more = f", {leaks.share:.0%} if the other {leaks.train - train:,} train images are alike" * (train < leaks.train)
+    seen = leaks.copies / val
+    more = f", at least {leaks.share:.0%} if the other {leaks.train - train:,} train images are alike"
     return Fault(
         "leak",
-        f"{leaks.copies} of {val:,} val images ({leaks.copies / val:.0%}{more}) have a near copy in train, such "
-        f"as {first.val} and {first.train}",
+        f"{leaks.copies} of {val:,} val images ({seen:.0%}{more * (leaks.share > seen)}) have a near copy in train, "
+        f"such as {first.val} and {first.train}",
         "keep copies of a picture in one split; verdict.json lists some",
     )
 
@@ -213,10 +224,11 @@ def _list(values: Sequence[float]) -> str:
 
 
 def _no_progress(facts: Facts) -> Fault | None:
-    if not facts.losses or facts.losses[-1] is None:
+    # other terms of an objective may rise, as a discriminator's does
+    if not facts.losses or facts.losses[-1] is None or not facts.loss_is_of_labels:
         return None
     first, last, guess = facts.losses[0], facts.losses[-1], log(facts.classes)
-    if facts.starts_at_chance and last >= FALLS * guess:
+    if last >= FALLS * guess:
         numbers = f"train loss of the last epoch {last:.3f}; a guess has ln({facts.classes}) = {guess:.3f}"
     elif len(facts.losses) > 1 and first is not None and last >= first and last > guess / 2:
         numbers = f"train loss {first:.3f} in the first epoch, {last:.3f} in the last"
@@ -230,7 +242,8 @@ def _no_progress(facts: Facts) -> Fault | None:
 def _rates(facts: Facts) -> Fault | None:
     # of a few steps the loss may rise by chance, of whole epochs it does not
     losses = [loss for loss in facts.losses if loss is not None]
-    rises = any(after > RISE * before for before, after in pairwise(losses))
+    guess = log(facts.classes)
+    rises = any(after > max(RISE * before, guess / 2) for before, after in pairwise(losses)) and facts.loss_is_of_labels
     many = facts.skipped > SKIPPED * facts.steps
     signs = [sign for sign in facts.too_fast if (many if sign.symptom == NOT_FINITE else rises)]
     if not signs:
@@ -252,9 +265,10 @@ def _memory(facts: Facts) -> Fault | None:
     if forecast is None:
         return None
     room = forecast.room
+    device_mib = 0.0 if facts.finds_batch else forecast.device_mib or 0.0  # with batch.find: of attempts that failed
     needs = [
         ("of this machine", forecast.memory_mib * room.processes, room.memory_mib),
-        ("of the accelerator", forecast.device_mib or 0.0, room.device_mib or float("inf")),
+        ("of the accelerator", device_mib, room.device_mib or float("inf")),
     ]
     for whose, needed, there in needs:
         if needed > FULL * there:
@@ -273,7 +287,7 @@ def _dropped(facts: Facts) -> Fault | None:
     kinds = ", ".join(f"{n:,} times {kind}" for kind, n in sorted(facts.leaks.dropped.items()))
     return Fault(
         "leak in the source",
-        f"{kinds}; `prepare` has dropped the copies in train, so val is clean here",
+        f"{kinds}; `prepare` has dropped copies, so these data are clean",
         "mend the source for other uses of it; audit.json names the files",
     )
 

@@ -31,6 +31,9 @@ FOLDER = "slurm"
 QUICK = "quick"
 """Of a run that is decided on first, inside its folder."""
 
+ORDER = "order.json"
+"""In the folder of a submission: what was to be done."""
+
 OVER = (
     *("OVER", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"),
     *("PREEMPTED", "REVOKED"),
@@ -78,7 +81,9 @@ def status(run: Path) -> Row:
     if job is not None and report["state"] in OVER and not report["finished"]:
         if failure := _failure(run, job, report["state"]):
             report["failure"] = failure
-        report["go on with"] = f"tlearn submit --run {shlex.quote(str(run))}"
+        full = run / QUICK / "full.yaml"
+        regardless = f"{shlex.quote(str(full))} " if full.exists() and not report["quick"].startswith("go") else ""
+        report["go on with"] = f"tlearn submit {regardless}--run {shlex.quote(str(run))}"
     return report
 
 
@@ -138,7 +143,13 @@ def cancel(run: Path) -> str:
     job = _submitted(run)
     earlier = last_job(run / QUICK)
     if earlier is not None and is_active(run / QUICK, earlier):
-        cancel(run / QUICK)
+        with suppress(TlearnError):  # Slurm cancels what waits for a job that is cancelled
+            _end(run, job)
+        return _end(run / QUICK, earlier)
+    return _end(run, job)
+
+
+def _end(run: Path, job: str) -> str:
     if (now := state(run, job)) in OVER:
         raise TlearnError(f"{run}: job {job} is over already ({now})")
     if _is_local(run, job):
@@ -168,6 +179,15 @@ def new_submission(run: Path) -> Path:
 def last_submission(run: Path) -> Path | None:
     """The folder of what was submitted last."""
     return max((run / FOLDER).glob("submission-*"), default=None)
+
+
+def last_order(run: Path) -> Row | None:
+    """What was submitted last was to do."""
+    submission = last_submission(run)
+    if submission is None:
+        return None
+    order: Row = json.loads((submission / ORDER).read_text(encoding="utf-8"))
+    return order
 
 
 def state(run: Path, job: str) -> str:

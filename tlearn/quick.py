@@ -23,14 +23,15 @@ import torch
 from tlearn.advice import Seen, read_run, still_improves, too_fast
 from tlearn.auto import make_plan
 from tlearn.config import Config
-from tlearn.configfile import completed, differing_keys, dump_config, load_config, shrunk
+from tlearn.configfile import completed, differing_keys, dump_config, given_options, load_config, shrunk
 from tlearn.console import show
 from tlearn.data.source import Indexed
 from tlearn.errors import DivergedError, NoGradientError, RankFailedError, StoppedBySignalError, TlearnError
 from tlearn.faults import Facts, Fault, Leaks
 from tlearn.files import new_run, write_json, write_text
-from tlearn.folder import Resume
+from tlearn.folder import FREE_TO_CHANGE, Resume
 from tlearn.forecast import Forecast
+from tlearn.jobs import QUICK
 from tlearn.launch import run_ranks
 from tlearn.models.build import Card, nearest_size
 from tlearn.models.weights import BESIDE, CARD
@@ -43,6 +44,9 @@ from tlearn.trial import Evidence, foresee, look, mapped_mib
 from tlearn.verdict import decide
 
 Report = dict[str, Any]
+
+OF_THE_MACHINE = ("memory", "full run")
+"""Faults."""
 
 
 def quick(
@@ -68,16 +72,17 @@ def quick(
     """
     runtime = Runtime()
     place = runtime.on_main(lambda: Path(folder) if folder is not None else new_run("quick"))
-    if resume == "auto" and (report := runtime.on_main(lambda: _recorded(place, config))) is not None:
+    full = _planned(config, place, runtime)
+    if resume == "auto" and (report := runtime.on_main(lambda: _recorded(place, full))) is not None:
         _tell(place, report)
         return report
-    full = _planned(config, runtime)
+    runtime.on_main(lambda: (place / "verdict.json").unlink(missing_ok=True))
     small = runtime.on_main(lambda: _fitting(shrunk(full, given), given))
     ended = _trained(small, place, resume, override, runtime)
 
     def judge() -> Report:
         report = _judged(full, place, ended, runtime.world_size, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
-        write_text(place / "full.yaml", f"# tlearn train {place / 'full.yaml'}   the full run\n{dump_config(config)}")
+        write_text(place / "full.yaml", f"# tlearn train {place / 'full.yaml'}   the full run\n{dump_config(full)}")
         write_json(place / "verdict.json", report)
         _tell(place, report)
         return report
@@ -104,40 +109,71 @@ def quick_first(
     """
     runtime = Runtime()
     place = runtime.on_main(lambda: Path(folder) if folder is not None else new_run(config.strategy))
-    config = _planned(config, runtime)
+    config = _planned(config, place / QUICK, runtime)
     begun = runtime.on_main((place / "config.yaml").is_file)
     if begun and resume == "never":
         raise TlearnError(f"{place}: holds a run; choose another --run, or --resume auto to go on with it")
-    report = quick(config, given, place / "quick", "auto" if begun else resume, override)
+    if begun:  # whatever was said of it before
+        report = (runtime.on_main(lambda: _read(place / QUICK)) or {}) | {"verdict": "go"}
+    else:
+        report = quick(config, given, place / QUICK, resume, override)
     if report["verdict"] != "go":
         show(
             f"the full run was not begun; to begin it all the same: tlearn train {place}/quick/full.yaml --run {place}"
         )
         return report
     if config.quick.init_from_quick:
-        config = _continued(config, place / "quick", report)
+        config = _continued(config, place / QUICK, report)
     return report | {"result": train(config, place, resume if begun else "auto", override)}
 
 
 def _recorded(place: Path, config: Config) -> Report | None:
     """A verdict on the same run and the same images, which is not to be made again."""
-    try:
-        report: Report = json.loads((place / "verdict.json").read_text(encoding="utf-8"))
-        before = load_config(place / "full.yaml")
-    except (OSError, ValueError):
+    report, before = _read(place), _full(place)
+    if report is None or before is None or report["stopped"]:
         return None
-    same = not [d for d in differing_keys(before, config) if not d.startswith("quick.minutes")]
+    if any(fault["name"] in OF_THE_MACHINE for fault in report["faults"]):  # another one may have what it takes
+        return None
+    free = ("quick.minutes", *FREE_TO_CHANGE)
+    same = not [d for d in differing_keys(before, config) if not d.startswith(free)]
     if config.data.reader == "indexed":
         same = same and report.get("data_fingerprint") == Indexed(config).fingerprint
-    return report if same and not report["stopped"] else None
+    return report if same else None
 
 
-def _planned(config: Config, runtime: Runtime) -> Config:
-    """With `strategy: auto` made into stages, for the full run: the small one would get another plan."""
+def _read(place: Path) -> Report | None:
+    try:
+        report: Report = json.loads((place / "verdict.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return report
+
+
+def _full(place: Path) -> Config | None:
+    try:
+        return load_config(place / "full.yaml")
+    except (OSError, TlearnError):
+        return None
+
+
+def _planned(config: Config, place: Path, runtime: Runtime) -> Config:
+    """With `strategy: auto` made into stages, for the full run: the small one would get another plan.
+
+    Args:
+        config: the full run.
+        place: where the plan of before stands in full.yaml; it is taken where it does what is asked for.
+        runtime: of the run.
+    """
     if config.strategy != "auto" or config.stages is not None:
         return config
-    plan = runtime.on_main(lambda: run_ranks(make_plan, (config, "any", runtime.world_size), 1)[0])
-    return completed(config, plan.options)
+
+    def plan() -> Config:
+        before = _full(place)
+        if before is not None and completed(config, given_options(before)) == before:
+            return before
+        return completed(config, run_ranks(make_plan, (config, "any", runtime.world_size), 1)[0].options)
+
+    return runtime.on_main(plan)
 
 
 def _fitting(small: Config, given: Collection[str]) -> Config:
@@ -166,7 +202,7 @@ def _trained(small: Config, place: Path, resume: Resume, override: bool, runtime
         with _ended_after(small.quick.minutes if runtime.is_main else None) as is_late:
             train(small, place, resume, override)
     except StoppedBySignalError as stopped:
-        if runtime.on_main(is_late):
+        if small.quick.minutes is not None and runtime.on_main(is_late):
             return _Late()
         reason = "the quick run is saved; the same command goes on"
         raise StoppedBySignalError(f"stopped by {stopped.signal or 'a signal'}; {reason}", stopped.signal) from None
@@ -215,9 +251,13 @@ def _judged(full: Config, place: Path, ended: Fault | _Late | None, processes: i
     troubles: dict[str, Any] = {}
     if ended is None:
         show("quick: looking at train and val images beside each other")
-        evidence = run_ranks(look, (place,), 1)[0]
+        try:
+            evidence = run_ranks(look, (place, full), 1)[0]
+        except RankFailedError as error:
+            why = str(error).strip().splitlines()[-1]
+            evidence = Evidence(None, why, Leaks(unseen=why), (), None)
         show("quick: a few steps of the full run, for its time and memory")
-        outlook, troubles = _outlook(full, processes, here)
+        outlook, troubles = _outlook(full, processes, here, place)
     facts = Facts(
         **_scores(seen, card),
         ended_by=ended if isinstance(ended, Fault) else None,
@@ -229,6 +269,7 @@ def _judged(full: Config, place: Path, ended: Fault | _Late | None, processes: i
         normalised=(card.preprocessing.mean, card.preprocessing.std) if evidence.own else None,
         own=evidence.own,
         forecast=outlook,
+        finds_batch=full.batch.find,
         batch=full.batch.micro or -(-full.batch.size // processes),
         **troubles,
     )
@@ -248,7 +289,7 @@ def _scores(seen: Seen, card: Card) -> Report:
         "hits": round(last * val["n"]),
         "majority": max(map(sum, val["confusion"])),
         "losses": tuple(row["train/loss"] for row in epochs),
-        "starts_at_chance": seen.config.objective.name in ("supervised", "binary"),
+        "loss_is_of_labels": seen.config.objective.name in ("supervised", "binary"),
         "too_fast": tuple(too_fast(seen)),
         "steps": len(steps),
         "skipped": sum(bool(row.get("rejected")) for row in steps),
@@ -256,12 +297,12 @@ def _scores(seen: Seen, card: Card) -> Report:
     }
 
 
-def _outlook(full: Config, processes: int, here: int) -> tuple[Forecast | None, dict[str, Any]]:
+def _outlook(full: Config, processes: int, here: int, place: Path) -> tuple[Forecast | None, dict[str, Any]]:
     """What the full run will take, or why that is not known."""
     if full.data.reader != "indexed":  # all of a stream's val images are evaluated, or none
         return None, {"no_forecast": "data.reader: stream has no index of which a few images could be picked"}
     try:
-        return run_ranks(foresee, (full, processes, here, mapped_mib()), 1)[0], {}
+        return run_ranks(foresee, (full, processes, here, mapped_mib(), place), 1)[0], {}
     except TlearnError as error:
         return None, {"refused": str(error)}
     except (RankFailedError, DivergedError) as error:
@@ -313,7 +354,7 @@ def _continued(config: Config, small: Path, report: Report) -> Config:
     )
     update: dict[str, Any] = {
         "data": config.data.model_copy(update={"image_size": size_px}),
-        "model": model.model_copy(update={"weights": str(small), "batch_norm": batch_norm}),
+        "model": model.model_copy(update={"weights": str(small.resolve()), "batch_norm": batch_norm}),
     }
     if config.strategy == "scratch":  # a name for what begins with random weights
         update |= {"stages": expand(config).stages, "strategy": "full"}

@@ -21,11 +21,11 @@ from submitit.core.utils import FailedJobError
 import tlearn
 from tlearn.apart import Job
 from tlearn.config import Config
-from tlearn.configfile import dump_config
+from tlearn.configfile import dump_options, given_options
 from tlearn.console import show
 from tlearn.errors import TlearnError
-from tlearn.files import write_text
-from tlearn.jobs import FOLDER, OVER, cancel, is_active, last_job, new_submission, slurm_fields, state, status
+from tlearn.files import write_json, write_text
+from tlearn.jobs import FOLDER, ORDER, OVER, cancel, is_active, last_job, new_submission, slurm_fields, state, status
 from tlearn.profile import Profile, dump_profile
 from tlearn.rendezvous import RENDEZVOUS
 from tlearn.task import Order, examine_task, train_task
@@ -85,7 +85,9 @@ def submit(
         raise TlearnError(f"{run}: job {earlier} is not over; tlearn cancel {run} ends it, or choose another --run")
     with _snapshot(profile, run) as code:
         executor = _local_executor(profile, run, code) if local else _slurm_executor(profile, run, code, after)
-        write_text(code / "config.yaml", dump_config(config))
+        # not all options: to `strategy: auto` what has a value is given
+        write_text(code / "config.yaml", dump_options(given_options(config)))
+        write_json(code / ORDER, {"quick": quick, "given": sorted(given)})
         with _detached(run / FOLDER / "local.log") if local else nullcontext():
             config_file = str(code / "config.yaml")
             order = Order(str(run), config_file, profile.max_restarts, override, quick, tuple(given))

@@ -13,7 +13,9 @@ EXIT_CODES: dict[Word, int] = {"go": 0, "no-go": 3, "unsure": 4}
 WIDE = 0.1
 """Half an interval of accuracy: from here on it is too wide to decide on."""
 NEAR = 0.15
-"""The upper end of the interval above the majority class: within it there is no use in more images."""
+"""Of what the majority class gets wrong: where the upper end of the interval is within, more images are of no use."""
+MANY_STEPS, MANY_EPOCHS = 50, 3
+"""A shorter training is not compared with a probe that was trained to its end."""
 SIGNIFICANT = 0.05
 
 
@@ -64,7 +66,7 @@ def _by_accuracy(facts: Facts) -> tuple[Word, list[str]]:
         why = f"the interval is too wide to decide on: about {enough:,} val images would do"
         return "unsure", [scored, why]
     if low <= chance:
-        if high - chance <= NEAR:
+        if high - chance <= NEAR * (1 - chance):
             why = (
                 "that is no better than always answering the largest class: labels and pictures do not go together, or "
             )
@@ -79,8 +81,8 @@ def _by_accuracy(facts: Facts) -> tuple[Word, list[str]]:
         f"(McNemar's exact test: p {facts.against.p:.2g})"
     )
     if run < probe and facts.against.p < SIGNIFICANT:
-        if facts.still_improving:
-            return "unsure", [scored, f"{beside}; it was still improving: raise quick.epochs"]
+        if facts.still_improving or facts.steps < MANY_STEPS or len(facts.losses) < MANY_EPOCHS:
+            return "unsure", [scored, f"{beside}; it was short, or still improving: raise quick.epochs"]
         fix = "try strategy=feature_extraction, or lower rates for the layers behind the head"
         return "no-go", [scored, f"significantly below what costs nothing: {beside}; {fix}"]
     return "go", [scored, f"above the largest class, and not significantly below what costs nothing: {beside}"]
