@@ -1,9 +1,9 @@
 """Is the quick answer right? Recipes as `--quick` shortens them, against the same recipes in full.
 
-    python benchmarks/quick_fidelity.py [WORK_FOLDER] [--sets tux10 openclipart10] [--seeds 3] [--options quick.epochs=6]
+    python benchmarks/quick_fidelity.py [FOLDER] [--sets tux10 openclipart10] [--seeds 3] [--options quick.epochs=4]
 
 Per set: Spearman's correlation of quick and full val top-1 over the recipes (means over the seeds, last epoch, which
-nobody chose; 95 % interval by resampling recipes), the regret of training the quick winner instead of the best (per seed,
+nobody chose; 95 % interval by resampling recipes), the regret of training the quick winner and not the best (by seed,
 mean and standard error), and what the quick runs cost of the full ones, wall clock of whole programs. Eight recipes on
 EfficientNet-Lite0 with ImageNet weights (one without), full runs at 160 px. What is finished is not repeated: several
 hours on 2 cores, of which the quick runs are the smallest part.
