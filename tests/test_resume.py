@@ -613,7 +613,7 @@ def test_what_would_make_it_another_run_cannot_be_overridden(
     with closing(place):
         found = place.newest_checkpoint("auto")
         with pytest.raises(TlearnError, match=rf"{option.partition('=')[0]}: [^\n]* -> [^\n]* \(cannot change"):
-            place.changes(found, changed, "", override=True)
+            place.changes(found, changed, "", "", override=True)
 
 
 @pytest.mark.slow
