@@ -605,7 +605,8 @@ def test_sigterm_to_the_launching_process_stops_the_ranks(photos: Path, tmp_path
     )
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+    # a step: both ranks are in their loop, while a row of the start is rank 0's alone
+    while not (metrics.exists() and '"kind": "step"' in metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)

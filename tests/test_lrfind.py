@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,7 +196,7 @@ def test_what_cannot_be_tested_is_refused_before_anything_is_written(
     (tmp_path / "mine" / "note.txt").write_text("")
     with pytest.raises(TlearnError, match="mine: holds something else; choose another --out"):
         find_rates(tiny(), None, tmp_path / "mine")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("tlearn.lrfind.Runtime", lambda: SimpleNamespace(world_size=2))
     with pytest.raises(TlearnError, match="one process: start it without a launcher"):
         find_rates(tiny(), None, tmp_path / "out")
     assert not (tmp_path / "out").exists()

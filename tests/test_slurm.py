@@ -165,7 +165,7 @@ def test_a_rank_takes_its_own_of_the_devices_that_it_sees(
 def test_more_tasks_than_asked_for_are_refused(cluster: Cluster, photos: Path, tmp_path: Path) -> None:
     options = [f"data.path={photos}", *TINY, "--run", str(tmp_path / "run")]
     done = srun(cluster, ["-N1", "-n2"], "-m", "tlearn", "train", *options, "--nproc", "3")
-    assert done.returncode == 2
+    assert done.returncode in (2, 75)  # the rank that is slower to say so is ended by the other's failure
     assert "--nproc 3: the launcher has started 2 processes" in done.stderr
 
 
@@ -323,7 +323,8 @@ def test_a_full_run_waits_for_its_quick_run_and_begins_on_a_go_only(
     assert report["quick"].startswith("no-go: val/top1@32 ")
     assert "no better than always answering the largest class" in report["quick"]
     assert not report["finished"]
-    assert "ExitCode=3:0" in slurm(cluster, "scontrol", "show", "job", str(last_job(tmp_path / "bad" / "quick")))
+    # not its exit code: 3, or that of a rank which was ended by the other's 3
+    assert "JobState=FAILED" in slurm(cluster, "scontrol", "show", "job", str(last_job(tmp_path / "bad" / "quick")))
     assert not (tmp_path / "bad" / "config.yaml").exists()
     assert report["go on with"] == f"tlearn submit {tmp_path / 'bad' / 'quick' / 'full.yaml'} --run {tmp_path / 'bad'}"
 
