@@ -50,6 +50,8 @@ def submit(
     file, overrides = recipe(config, run)
     how: How = "quick_first" if quick_first else "quick" if quick else None
     parsed, given = full_config(file, overrides) if how else (load_config(file, overrides), ())
+    if how == "quick" and "quick.init_from_quick" in given:
+        raise TlearnError("the command line: quick.init_from_quick has no effect without --quick-first")
     place = run or new_run(parsed.strategy)
     if how is None and not config and (order := last_order(place)) is not None:  # it goes on as it began
         how, given = order["quick"], order["given"]
