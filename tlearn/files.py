@@ -29,6 +29,11 @@ def replace(temporary: Path, path: Path) -> None:
     fsync(path.parent)
 
 
+def cache_folder() -> Path:
+    """$TLEARN_CACHE, or ~/.cache/tlearn: what can be made again."""
+    return Path(os.environ.get("TLEARN_CACHE") or "~/.cache/tlearn").expanduser()
+
+
 def new_run(name: str) -> Path:
     """`runs/<time>-<name>`, a folder that does not exist yet."""
     stem = time.strftime(f"%Y%m%d-%H%M%S-{name}")

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from tlearn.files import write_json
+from tlearn.files import cache_folder, write_json
 from tlearn.models.build import Model
 from tlearn.runtime import cuda_has_bf16
 
@@ -49,7 +47,7 @@ def _measured(model: Model) -> Record:
     cpu = torch.cpu.get_capabilities().get("cpu_name", "")
     threads, size_px = torch.get_num_threads(), model.preprocessing.size_px
     key = f"{model.backbone} {size_px} px, torch {torch.__version__}, {cpu}, threads: {threads}"
-    cache = Path(os.environ.get("TLEARN_CACHE") or "~/.cache/tlearn").expanduser() / "precision.json"
+    cache = cache_folder() / "precision.json"
     try:
         known = json.loads(cache.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -13,7 +13,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import os
 import secrets
 import shutil
 import time
@@ -36,7 +35,7 @@ from tlearn.data.source import Indexed
 from tlearn.data.store import Store
 from tlearn.data.transforms import Pixels
 from tlearn.errors import TlearnError
-from tlearn.files import write_json, write_text
+from tlearn.files import cache_folder, write_json, write_text
 from tlearn.models.build import Model
 from tlearn.models.cut import Cut, NoCutError, find_cut, fingerprint, outputs, rest_only
 from tlearn.runtime import Runtime
@@ -73,7 +72,7 @@ class StageCache:
         dtype = torch.bfloat16 if config.features.dtype == "bf16" else self.cut.dtype
         about = self._about(dtype)
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-        self.root = Path(os.environ.get("TLEARN_CACHE") or "~/.cache/tlearn").expanduser() / "features"
+        self.root = cache_folder() / "features"
         self.folder, self.about = self.root / digest[:24], about
         self.stores = {
             (split, view): Store(self.folder / f"{split}.{view}", source.sizes[split], self.cut.shape, dtype)

@@ -30,7 +30,7 @@ from tlearn.data.scan import Origin, examine_all
 from tlearn.data.shards import INDEX, SPLITS, Index, Sample, read_index, write_index, write_split
 from tlearn.data.workers import on_all_cores
 from tlearn.errors import TlearnError
-from tlearn.files import write_json
+from tlearn.files import cache_folder, write_json
 
 _JOURNAL = "scan.jsonl"  # inside OUT.partial: what the scan found so far
 
@@ -105,7 +105,7 @@ def prepare_cached(source: Path, options: Options) -> Index:
         )
     fingerprint = open_origin(source).listing().fingerprint()
     digest = hashlib.sha256(json.dumps([str(source.resolve()), fingerprint, asdict(options)]).encode()).hexdigest()
-    cache = Path(os.environ.get("TLEARN_CACHE") or "~/.cache/tlearn").expanduser()
+    cache = cache_folder()
     return prepare(source, cache / "prepared" / f"{source.resolve().name}-{digest[:12]}", options)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -15,6 +14,7 @@ from typing import Any
 from tlearn.data.decode import as_bmp
 from tlearn.data.scan import Found, Listing, class_names
 from tlearn.errors import TlearnError
+from tlearn.files import cache_folder
 
 PREFIX = "torchvision:"
 _SPLITS = {"train": ("train", "trainval"), "val": ("val", "valid"), "test": ("test",)}  # what its classes call them
@@ -46,7 +46,7 @@ class Vision:
             meant = f"did you mean {PREFIX}{near[0]}?" if near else "its names stand in torchvision.datasets"
             raise TlearnError(f"{name}: torchvision has no such data set; {meant}")
         self.make: Callable[..., Any] = getattr(datasets, self.kind)
-        cache = Path(os.environ.get("TLEARN_CACHE") or "~/.cache/tlearn").expanduser()
+        cache = cache_folder()
         self.root = cache / "torchvision" / self.kind
         self._parts: list[Any] = []
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from tlearn.console import progress_bar, show
 from tlearn.errors import TlearnError
-from tlearn.files import replace, sha256
+from tlearn.files import cache_folder, replace, sha256
 from tlearn.modelconfig import TextHead
 from tlearn.models.heads import Prototypes
 from tlearn.models.weights import is_file, tensors_only
@@ -52,7 +52,7 @@ def text_features(options: TextHead | None, classes: Sequence[str]) -> Prototype
     ]
     source = sha256(Path(weights).expanduser()) if _exists(weights) else weights
     key = hashlib.sha256(json.dumps([_VERSION, model, source, classes, texts]).encode()).hexdigest()[:32]
-    cache = Path(os.environ.get("TLEARN_CACHE") or "~/.cache/tlearn").expanduser() / "text"
+    cache = cache_folder() / "text"
     path = cache / f"{key}.npz"
     with suppress(TlearnError):  # it is not there, or damaged
         return _read(path, classes)
