@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tlearn.arguments import JsonFlag, print_json, recipe
+from tlearn.arguments import JsonFlag, print_json, recipe, split_arguments
 from tlearn.errors import TlearnError
 
 commands = typer.Typer()
@@ -41,7 +41,7 @@ def submit(
         raise TlearnError("--quick: has no effect with --quick-first, which begins with one; leave it out")
     from tlearn.configfile import full_config, load_config
     from tlearn.files import new_run
-    from tlearn.jobs import QUICK, last_order, last_submission
+    from tlearn.jobs import QUICK, last_submission, read_order
     from tlearn.jobs import cancel as cancel_job
     from tlearn.profile import Profile, load_profile
     from tlearn.submit import sbatch_text
@@ -53,9 +53,10 @@ def submit(
     if how == "quick" and "quick.init_from_quick" in given:
         raise TlearnError("the command line: quick.init_from_quick has no effect without --quick-first")
     place = run or new_run(parsed.strategy)
-    if how is None and not config and (order := last_order(place)) is not None:  # it goes on as it began
-        how, given = order["quick"], order["given"]
-    if profile is None and (last := last_submission(place)) is not None:
+    last = last_submission(place)
+    if how is None and last is not None and split_arguments(config or [])[0] is None:  # it goes on as it began
+        how, given = (order := read_order(last))["quick"], order["given"]
+    if profile is None and last is not None:
         profile = last / "profile.yaml"
     job = load_profile(profile) if profile is not None else Profile()
     put = partial(send, parsed, job, local=local, override=override, given=given)

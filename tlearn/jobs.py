@@ -181,11 +181,8 @@ def last_submission(run: Path) -> Path | None:
     return max((run / FOLDER).glob("submission-*"), default=None)
 
 
-def last_order(run: Path) -> Row | None:
-    """What was submitted last was to do."""
-    submission = last_submission(run)
-    if submission is None:
-        return None
+def read_order(submission: Path) -> Row:
+    """What a submission is to do: `quick`, `given`."""
     order: Row = json.loads((submission / ORDER).read_text(encoding="utf-8"))
     return order
 

@@ -28,7 +28,7 @@ from tlearn.files import write_json, write_text
 from tlearn.jobs import FOLDER, ORDER, OVER, cancel, is_active, last_job, new_submission, slurm_fields, state, status
 from tlearn.profile import Profile, dump_profile
 from tlearn.rendezvous import RENDEZVOUS
-from tlearn.task import Order, examine_task, train_task
+from tlearn.task import examine_task, train_task
 
 _LOOK_AGAIN_S = 2.0
 """At jobs that are waited for."""
@@ -68,7 +68,8 @@ def submit(
         after: a job that has to end well before this one starts.
         local: on this machine, without Slurm.
         override: a run that goes on may do so with other options, where that is safe.
-        quick, given: see `task.Order`.
+        quick: what decides on a run, or that, and the run on a go; None: the run.
+        given: options that a quick run leaves as they are.
 
     Returns:
         The job's id; of a local one the id of its process.
@@ -89,9 +90,7 @@ def submit(
         write_text(code / "config.yaml", dump_options(given_options(config)))
         write_json(code / ORDER, {"quick": quick, "given": sorted(given)})
         with _detached(run / FOLDER / "local.log") if local else nullcontext():
-            config_file = str(code / "config.yaml")
-            order = Order(str(run), config_file, profile.max_restarts, override, quick, tuple(given))
-            return _sent(executor, train_task, order)
+            return _sent(executor, train_task, str(run), str(code / "config.yaml"), profile.max_restarts, override)
 
 
 def train_in_jobs(who: str, runs: Sequence[Job], profile: Profile) -> int:

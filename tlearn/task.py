@@ -15,13 +15,12 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
 from tlearn.configfile import load_config
 from tlearn.errors import EXPECTED, StoppedBySignalError, TlearnError, refused
-from tlearn.jobs import FOLDER, failure_file, read_starts, slurm_fields
+from tlearn.jobs import FOLDER, failure_file, read_order, read_starts, slurm_fields
 from tlearn.rendezvous import is_local, job_id, resolved
 from tlearn.signals import handled_by, stop
 
@@ -35,30 +34,15 @@ _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
 """What gloo and NCCL say of a process that is no more."""
 
 
-class Order(NamedTuple):
-    """What the tasks of a job are to do."""
-
-    run: str
-    """Folder."""
-    config: str
-    """File."""
-    max_restarts: int
-    override: bool
-    quick: Literal["quick", "quick_first"] | None = None
-    """A run to decide on another one; or that, and the other one on a go."""
-    given: tuple[str, ...] = ()
-    """Options that a quick run leaves as they are."""
-
-
-def train_task(order: Order) -> None:
-    """Train what a config file says; when told to stop while the job goes on, have it queued again."""
-    run = order.run
+def train_task(run: str, config: str, max_restarts: int, override: bool) -> None:
+    """Train what a config file and the order beside it say; when told to stop while the job goes on, have it queued
+    again."""
     with _as_a_rank(Path(run) / FOLDER):
         try:
             with handled_by(stop):
                 if _rank() == 0:
-                    note_start(Path(run), order.max_restarts)
-                code = _trained(order)
+                    note_start(Path(run), max_restarts)
+                code = _trained(run, Path(config), override)
         except StoppedBySignalError as stopped:
             if _rank() > 0 and not is_local(os.environ):
                 _wait_for_the_end(VERDICT_S)  # that rank 0 brings about
@@ -75,21 +59,21 @@ def train_task(order: Order) -> None:
                 raise SystemExit(code)
 
 
-def _trained(order: Order) -> int:
+def _trained(run: str, file: Path, override: bool) -> int:
     """The exit code of what was done."""
     from tlearn.runtime import leave
 
-    config = load_config(order.config)
-    if order.quick is None:
+    config, order = load_config(file), read_order(file.parent)
+    if order["quick"] is None:
         from tlearn.run import train
 
-        train(config, order.run, override=order.override)
+        train(config, run, override=override)
         leave()
         return 0
     from tlearn import quick
     from tlearn.verdict import EXIT_CODES
 
-    report = getattr(quick, order.quick)(config, order.given, order.run, override=order.override)
+    report = getattr(quick, order["quick"])(config, order["given"], run, override=override)
     leave()
     return EXIT_CODES[report["verdict"]]
 
