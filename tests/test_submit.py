@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cluster import reached, submitted, tasks, tlearn, wait_for, write_profile
 from conftest import ROOT, TINY
+from test_cli import run as cli
 from test_distributed import EXACT, weights
 
 from tlearn import checkpoint, jobs
 from tlearn.checkpoint import Progress, State
+from tlearn.config import Config
 from tlearn.configfile import load_config
 from tlearn.errors import TlearnError
 from tlearn.launch import run_ranks
@@ -318,3 +321,29 @@ def test_a_refused_submission_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(TlearnError, match="a ':' separates"):
         submit(config, Profile(), tmp_path / "a:b")
+
+
+@pytest.mark.parametrize("options", [(), ("batch.micro=4", "--override")])
+def test_what_was_ordered_goes_on_as_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    submission = tmp_path / "run" / "slurm" / "submission-20260101-000000"
+    submission.mkdir(parents=True)
+    (submission / "config.yaml").write_text("data: {path: x}\n")
+    (submission / "profile.yaml").write_text("nodes: 1\n")
+    (submission / "order.json").write_text(json.dumps({"quick": "quick_first", "given": ["epochs"]}))
+    sent: list[tuple[Path, str | None, str | None, list[str]]] = []
+
+    def send(config: Config, profile: Profile, run: Path, **given: Any) -> str:
+        sent.append((run, given["after"], given["quick"], given["given"]))
+        return f"{len(sent)}"
+
+    monkeypatch.setattr("tlearn.submit.submit", send)
+    assert cli(monkeypatch, "submit", *options, "--run", tmp_path / "run") == 0
+
+    run = tmp_path / "run"
+    assert sent == [(run / "quick", None, "quick", ["epochs"]), (run, "1", "quick_first", ["epochs"])]
+    sent.clear()
+    (tmp_path / "other.yaml").write_text("data: {path: x}\n")  # somebody wants it regardless
+    assert cli(monkeypatch, "submit", tmp_path / "other.yaml", "--run", run) == 0
+    assert [quick for _, _, quick, _ in sent] == [None]
